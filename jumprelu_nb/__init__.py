@@ -1,0 +1,23 @@
+"JumpReLU sparse autoencoders: the book that is also the library. Public names load on first use, so the import is light."
+__version__ = "0.1.0"
+
+_public = {  # public name -> the room that holds it
+    "SAE": "sae.model",
+    "LanguageModel": "data.lm",
+    "Activations": "data.activations",
+    "RECIPES": "train.recipes", "Recipe": "train.recipes", "get_recipe": "train.recipes",
+    "Run": "train.trainer",
+    "LatentStats": "interpret.latents",
+}
+_verbs = ["train", "evaluate"]  # chapters that can be called, see `_callable`
+__all__ = [*_public, *_verbs, "__version__"]
+
+
+def __getattr__(name):
+    if name not in _public and name not in _verbs: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+    if name in _verbs: return import_module(f"{__name__}.{name}")
+    return getattr(import_module(f"{__name__}.{_public[name]}"), name)
+
+
+def __dir__(): return sorted({*globals(), *__all__})

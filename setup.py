@@ -1,0 +1,2 @@
+from setuptools import setup
+setup()  # the metadata is declared once, in pyproject.toml
