@@ -22,6 +22,7 @@ def _values(
     "Turn `v` into plain numbers, rounded so that saved figures stay small."
     if hasattr(v, "detach"): v = v.detach().cpu().double()
     if hasattr(v, "tolist"): v = v.tolist()
+    if not isinstance(v, (list, tuple)): return float(f"{v:.6g}") if isinstance(v, float) else v
     return [_values(x) if isinstance(x, (list, tuple)) or hasattr(x, "tolist") else float(f"{x:.6g}") if isinstance(x, float) else x for x in v]
 
 
@@ -63,8 +64,8 @@ def lines(
         mode = "markers" if name in points else "lines+markers" if name in measured else "lines"
         fig.add_scatter(x=None if xs is None else _values(xs), y=_values(ys), name=name, mode=mode, marker_size=6,
                         line=dict(color=palette[i % len(palette)], dash="dash" if name in dashed else "solid"))
-    for name, v in (vlines or {}).items(): fig.add_vline(x=float(v), line=dict(dash="dot", color="#888"), annotation_text=name)
-    for name, v in (hlines or {}).items(): fig.add_hline(y=float(v), line=dict(dash="dot", color="#888"), annotation_text=name)
+    for name, v in (vlines or {}).items(): fig.add_vline(x=float(v), line=dict(dash="dot", color="#888", width=1), opacity=1, annotation_text=name)
+    for name, v in (hlines or {}).items(): fig.add_hline(y=float(v), line=dict(dash="dot", color="#888", width=1), opacity=1, annotation_text=name)
     if len(curves) == 1: fig.update_layout(showlegend=False)
     return dress(fig, x, y, **layout)
 

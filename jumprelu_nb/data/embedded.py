@@ -5,13 +5,17 @@
 # %% ../../nbs/data/02_embedded.ipynb #b4457016
 from __future__ import annotations
 
-import hashlib
-import sysconfig
+import hashlib, json, sysconfig
 from pathlib import Path
-from typing import Iterator
+from typing import Iterable, Iterator
+import torch
+from torch import Tensor
+import jumprelu_nb
 
 # %% auto #0
-__all__ = ['is_validation', 'stdlib_files', 'stdlib_texts', 'embedded_path']
+__all__ = ['is_validation', 'stdlib_files', 'stdlib_texts', 'corpus_sha256', 'embedded_path', 'training_log', 'token_stream',
+           'next_token_loss', 'validation_windows', 'repeated_tokens', 'induction_scores', 'measure', 'manifest',
+           'verify']
 
 # %% ../../nbs/data/02_embedded.ipynb #bbe71424
 def is_validation(
@@ -54,6 +58,113 @@ def stdlib_texts(
         yield from topics.values()
 
 # %% ../../nbs/data/02_embedded.ipynb #798734fc
+def corpus_sha256(
+    train:Iterable[str], # training texts
+    validation:Iterable[str], # held-out texts
+) -> str: # hexadecimal
+    "Fingerprint a corpus."
+    return hashlib.sha256("\0".join([*train, *validation]).encode()).hexdigest()
+
+# %% ../../nbs/data/02_embedded.ipynb #c03e8344
 def embedded_path() -> Path: # a folder that `AutoModelForCausalLM.from_pretrained` reads
     "Locate the language model in the package."
-    return Path(__file__).parent / "embedded_lm" if "__file__" in globals() else Path("../../jumprelu_nb/data/embedded_lm")
+    return Path(jumprelu_nb.__file__).parent / "data" / "embedded_lm"
+
+# %% ../../nbs/data/02_embedded.ipynb #104682cf
+def training_log(
+    folder:str|Path|None=None, # a folder written by `pretrain`; by default the package's own
+) -> dict: # arguments, baselines, and under "log" one record per evaluation
+    "Read how a model was trained."
+    return json.loads((Path(folder or embedded_path()) / "train_log.json").read_text("utf8"))
+
+# %% ../../nbs/data/02_embedded.ipynb #ddac8354
+def token_stream(
+    tokenizer, # a Hugging Face fast tokenizer
+    texts:Iterable[str], # any texts
+) -> Tensor: # (tokens,) ids, each text preceded by BOS
+    "Encode texts and join them."
+    encoded = tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    if not encoded: raise ValueError("No texts to encode: give at least one.")
+    return torch.cat([torch.tensor([tokenizer.bos_token_id, *e.ids]) for e in encoded])
+
+# %% ../../nbs/data/02_embedded.ipynb #8884f4fd
+def next_token_loss(
+    logits:Tensor, # (batch, T, vocab) the model's output
+    tokens:Tensor, # (batch, T) its input
+) -> Tensor: # (batch, T-1) nats per predicted token
+    "Measure the surprise at each token but the first."
+    return -logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+
+# %% ../../nbs/data/02_embedded.ipynb #5109e77a
+def validation_windows(
+    stream:Tensor, # (tokens,) from `token_stream`
+    context:int=128, # tokens per window
+    n:int=200, # windows at most
+    bos:int=0, # id put in the first position
+) -> Tensor: # (≤ n, context)
+    "Cut a fixed, evenly spread sample of windows."
+    k = len(stream) // context
+    if not k: raise ValueError(f"The validation text has {len(stream)} tokens, fewer than one window of {context}: give more text or a shorter context.")
+    windows = stream[:k*context].view(k, context)[::max(1, k // n)][:n].clone()
+    windows[:, 0] = bos
+    return windows
+
+# %% ../../nbs/data/02_embedded.ipynb #1f6bbefc
+def repeated_tokens(
+    vocab:int, # number of tokens to draw from; id 0 is BOS
+    context:int=128, # the string, twice, with BOS in front fits into this
+    n:int=32, # strings
+    seed:int=2, # of the strings
+) -> Tensor: # (n, 1 + 2h) with h = context/2 - 1
+    "Write random strings of tokens twice."
+    r = torch.randint(1, vocab, (n, context//2 - 1), generator=torch.Generator().manual_seed(seed))
+    return torch.cat([torch.zeros(n, 1, dtype=torch.long), r, r], 1)
+
+# %% ../../nbs/data/02_embedded.ipynb #2e0b18ef
+@torch.no_grad()
+def induction_scores(
+    model, # a Hugging Face causal language model
+    tokens:Tensor, # (n, 1 + 2h) from `repeated_tokens`
+) -> Tensor: # (layers, heads) mean attention to the token after the first occurrence
+    "Score each attention head as an induction head (Olsson et al. 2022)."
+    h, before = tokens.shape[1] // 2, model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the only one that returns attention
+    try: attention = model(tokens, output_attentions=True).attentions
+    finally: model.set_attn_implementation(before)
+    return torch.stack([a.diagonal(offset=1-h, dim1=-2, dim2=-1)[..., 2:].mean((0, -1)) for a in attention])
+
+# %% ../../nbs/data/02_embedded.ipynb #364f2f9d
+@torch.no_grad()
+def measure(
+    model, # a Hugging Face causal language model
+    windows:Tensor, # (n, context) from `validation_windows`
+) -> dict: # val, rep_first, rep_second (nats per token), ind_max (attention), ind_layer_head
+    "Evaluate prediction, copying and induction."
+    training = model.training
+    model.eval()
+    val = torch.cat([next_token_loss(model(w).logits, w).flatten() for w in windows.split(50)]).mean().item()
+    twice = repeated_tokens(model.config.vocab_size, windows.shape[1])
+    h, copy = twice.shape[1] // 2, next_token_loss(model(twice).logits, twice)
+    scores = induction_scores(model, twice[:8])
+    model.train(training)
+    return dict(val=val, rep_first=copy[:, :h].mean().item(), rep_second=copy[:, h+1:].mean().item(),
+                ind_max=scores.max().item(), ind_layer_head=list(divmod(scores.argmax().item(), scores.shape[1])))
+
+# %% ../../nbs/data/02_embedded.ipynb #3572adfa
+def manifest(
+    folder:str|Path|None=None, # a folder written by `pretrain`; by default the package's own
+) -> dict: # files, licence, corpus, training, figures
+    "Read what a model folder says about itself."
+    return json.loads((Path(folder or embedded_path()) / "manifest.json").read_text("utf8"))
+
+# %% ../../nbs/data/02_embedded.ipynb #2f0a78b5
+def verify(
+    folder:str|Path|None=None, # a folder with a manifest.json; by default the package's own
+) -> dict: # the manifest
+    "Raise an error unless every file is the one in the manifest."
+    folder, m = Path(folder or embedded_path()), manifest(folder)
+    for name, expected in m["files"].items():
+        if not (folder / name).exists(): raise FileNotFoundError(f"{name} is missing from the model folder {folder}: reinstall jumprelu_nb, or train the model again.")
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected["sha256"]:
+            raise ValueError(f"{name} in {folder} differs from the file its manifest describes: reinstall jumprelu_nb, or train the model again.")
+    return m

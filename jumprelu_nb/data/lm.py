@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.resources import files
@@ -19,8 +19,52 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # %% auto #0
-__all__ = ['kinds', 'Site', 'find_blocks', 'find_site', 'hook_site', 'capture', 'intervene', 'reconstruct_at', 'pick_device',
-           'load_pretrained', 'LanguageModel']
+__all__ = ['kinds', 'pick_device', 'load_pretrained', 'Site', 'find_blocks', 'find_site', 'hook_site', 'capture', 'intervene',
+           'reconstruct_at', 'LanguageModel']
+
+# %% ../../nbs/data/01_lm.ipynb #5b9bc961
+def pick_device(
+    device:str|torch.device|None=None, # a torch device, or None or "auto" for the best one here
+) -> torch.device:
+    "Choose cuda, else mps, else cpu."
+    if device is not None and str(device) != "auto": return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    "Silence transformers' progress bar for weights that are already on disk."
+    from transformers.utils import logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: logging.enable_progress_bar()
+
+# %% ../../nbs/data/01_lm.ipynb #30ddc9d8
+def load_pretrained(
+    name:str|Path, # "embedded", a model's name on the Hugging Face hub, or a local folder
+    dtype:torch.dtype=torch.float32, # of the weights
+) -> tuple: # (model, tokenizer), on the CPU, frozen
+    "Load a causal language model and its tokenizer, never running code that comes with it."
+    from huggingface_hub import constants
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    where = str(files("jumprelu_nb.data").joinpath("embedded_lm")) if str(name) == "embedded" else str(name)
+    local, remedy = where not in ("", ".") and Path(where).is_dir(), \
+        "give \"embedded\", a hub name such as \"EleutherAI/pythia-70m\", or a folder with config.json, weights and tokenizer"
+    if local and not (Path(where)/"config.json").is_file(): raise FileNotFoundError(f"the folder {name} holds no language model, it has no config.json: {remedy}")
+    try:
+        with _no_bar() if local else nullcontext():
+            tokenizer = AutoTokenizer.from_pretrained(where or "?", trust_remote_code=False)
+            model, info = AutoModelForCausalLM.from_pretrained(where or "?", dtype=dtype, trust_remote_code=False, output_loading_info=True)
+    except Exception as e:
+        cause = f"{type(e).__name__}: " + str(e).strip().split("\n")[0][:200]
+        if local: raise FileNotFoundError(f"the language model in the folder {name} cannot be loaded ({cause}): {remedy}") from e
+        hub = "is switched off by HF_HUB_OFFLINE and nothing of this name was downloaded before" if constants.HF_HUB_OFFLINE else f"did not give it ({cause})"
+        raise FileNotFoundError(f"no language model {str(name)!r}: there is no such folder, and the Hugging Face hub {hub}; {remedy}") from e
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"the weights of {name} lack {len(missing)} tensors of {type(model).__name__} ({missing[0]}, …): they belong to another architecture")
+    return model.eval().requires_grad_(False), tokenizer
 
 # %% ../../nbs/data/01_lm.ipynb #a023851d
 @dataclass(frozen=True)
@@ -65,9 +109,10 @@ def find_site(
     model:nn.Module, # a Hugging Face causal language model
     kind:str, # one of `kinds`
     layer:int, # index of the block, from 0
+    blocks:str|None=None, # where the blocks are, if known
 ) -> Site|None: # None if the architecture has no such place that we know of
     "Locate `kind` in block `layer` of `model`."
-    blocks, (io, places) = find_blocks(model), _parts[kind]
+    blocks, (io, places) = blocks or find_blocks(model), _parts[kind]
     block = model.get_submodule(f"{blocks}.{layer}")
     inside = {name for name, _ in block.named_modules()}
     place = next((p for p in places if p in inside), None)
@@ -155,51 +200,6 @@ def reconstruct_at(
         return x_hat if tokens is None else torch.where(torch.isin(tokens, special.to(tokens.device))[..., None], x, x_hat)
     return fn
 
-# %% ../../nbs/data/01_lm.ipynb #5b9bc961
-def pick_device(
-    device:str|torch.device|None=None, # a torch device, or None or "auto" for the best one here
-) -> torch.device:
-    "Choose cuda, else mps, else cpu."
-    if device is not None and str(device) != "auto": return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-
-
-@contextmanager
-def _no_bar() -> Iterator[None]:
-    "Silence transformers' progress bar for weights that are already on disk."
-    from transformers.utils import logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try: yield
-    finally:
-        if shown: logging.enable_progress_bar()
-
-# %% ../../nbs/data/01_lm.ipynb #30ddc9d8
-def load_pretrained(
-    name:str|Path, # "embedded", a model's name on the Hugging Face hub, or a local folder
-    dtype:torch.dtype=torch.float32, # of the weights
-) -> tuple: # (model, tokenizer), on the CPU
-    "Load a causal language model and its tokenizer, never running code that comes with it."
-    from huggingface_hub import constants
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    where = str(files("jumprelu_nb.data").joinpath("embedded_lm")) if str(name) == "embedded" else str(name)
-    local = Path(where).is_dir()
-    if local and not (Path(where)/"config.json").is_file():
-        raise FileNotFoundError(f"the folder {name} holds no language model: it has no config.json")
-    try:
-        with _no_bar() if local else ExitStack():
-            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-            model, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, trust_remote_code=False, output_loading_info=True)
-    except Exception as e:
-        tried = "the folder" if local else "no such folder here, and as a name on the Hugging Face hub"
-        offline = " (the hub is switched off by HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE and not local else ""
-        cause = str(e).strip().split("\n")[0][:200]
-        raise FileNotFoundError(f"cannot load the language model {str(name)!r}: {tried}{offline} failed with {type(e).__name__}: {cause} "
-                                "Give \"embedded\", a hub name such as \"EleutherAI/pythia-70m\", or a folder with config.json, weights and tokenizer.") from e
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"the weights of {name} lack {len(missing)} tensors of {type(model).__name__} ({missing[0]}, …): they belong to another architecture")
-    return model, tokenizer
-
 # %% ../../nbs/data/01_lm.ipynb #9ac8dea4
 def _braces(pattern:str) -> list[str]: # the alternatives of every {a,b} written out
     if not (m := re.search(r"\{([^{}]*)\}", pattern)): return [pattern]
@@ -219,13 +219,14 @@ class LanguageModel:
         self.device, self.dtype = model.device, model.dtype
         self.n_layers, self.d_model, self.vocab_size = config.num_hidden_layers, config.hidden_size, config.vocab_size
         self.max_context = next((n for k in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length") if (n := getattr(config, k, None))), None)
-        self.context_size = context_size or min(self.max_context or 1024, 1024)
-        if self.max_context and not 1 < self.context_size <= self.max_context:
-            raise ValueError(f"context_size {context_size} is impossible: {self.name or 'this model'} has {self.max_context} positions, choose 2 to {self.max_context}")
+        self.context_size = min(self.max_context or 1024, 1024) if context_size is None else context_size
+        if not 1 < self.context_size <= (self.max_context or self.context_size):
+            raise ValueError(f"context_size {context_size} is impossible for {self.name or 'this model'}: choose 2 to {self.max_context or 'as many as fit into memory'}")
         self.bos_id = tokenizer.bos_token_id
         ids = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
         self.special_ids = torch.tensor(sorted(ids), dtype=torch.long, device=self.device)
-        self._sites = {s.name: s for i in range(self.n_layers) for k in kinds if (s := find_site(model, k, i))}
+        blocks = find_blocks(model)
+        self._sites = {s.name: s for i in range(self.n_layers) for k in kinds if (s := find_site(model, k, i, blocks))}
 
     @classmethod
     def load(cls,
@@ -265,7 +266,9 @@ class LanguageModel:
             wanted |= {s for p in _braces(str(n)) for s in self._sites if fnmatchcase(s, p)} or {self.site(n).name}
         return [s for name, s in self._sites.items() if name in wanted]
 
-    def tokenize(self, text:str) -> Tensor: # (n,) token ids
+    def tokenize(self,
+        text:str, # any text
+    ) -> Tensor: # (n,) token ids, on the CPU
         "Turn text into token ids, without special tokens."
         return torch.tensor(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
 
@@ -278,7 +281,7 @@ class LanguageModel:
         if len(ids) == 0: raise ValueError(f"nothing to run: the text is empty and {self.name} has no BOS token, give it at least one token")
         return self._check(ids[None])
 
-    def _check(self, tokens:Tensor) -> Tensor:
+    def _check(self, tokens:Tensor) -> Tensor: # a batch of contexts that the model can take, on its device
         if tokens.dim() != 2: raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected (contexts, positions)")
         if self.max_context and tokens.shape[1] > self.max_context:
             raise ValueError(f"contexts of {tokens.shape[1]} tokens, but {self.name} has {self.max_context} positions: cut them")

@@ -5,7 +5,6 @@
 # %% ../../nbs/sae/01_gates.ipynb #72df28ec
 from __future__ import annotations
 
-import math
 import torch
 from torch import Tensor, nn
 from .ste import KERNELS, heaviside, jumprelu

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from .gates import Gate, JumpReLUGate, ReLUGate, make_gate
+from .gates import Gate, JumpReLUGate, make_gate
 
 # %% auto #0
 __all__ = ['SAE', 'threshold_for_l0', 'fold', 'write_atomically', 'save', 'load']
@@ -45,8 +45,8 @@ class SAE(nn.Module):
 
     # -- the training form, on u = x/scale ---------------------------------------------------------------------------------------
     def pre_acts(self, u:Tensor) -> Tensor:
-        "(..., d_in) scaled activations → (..., d_sae) pre-activations z."
-        return (u - self.b_dec if self.pre_encoder_bias else u) @ self.W_enc + self.b_enc
+        "(..., d_in) scaled activations → (..., d_sae) pre-activations z = (u − b_dec·[pre_encoder_bias]) W_enc + b_enc."
+        return u @ self.W_enc + (self.b_enc - self.b_dec @ self.W_enc if self.pre_encoder_bias else self.b_enc)  # b_dec's gradient is then a vector-matrix product
 
     def reconstruct(self, f:Tensor) -> Tensor:
         "(..., d_sae) gate outputs → (..., d_in) scaled reconstruction."

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Callable
 
 import torch
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 __all__ = ['KERNELS', 'rectangle', 'triangle', 'epanechnikov', 'gaussian', 'Kernel', 'heaviside', 'jumprelu', 'gaussian_grad',
            'gaussian_ste_grad', 'optimal_bandwidth']
 
-# %% ../../nbs/sae/00_ste.ipynb #29b7cf9b
+# %% ../../nbs/sae/00_ste.ipynb #2d55d626
 def rectangle(
     u:Tensor, # any shape, in units of the bandwidth
 ) -> Tensor: # 1 where |u| < 1/2, else 0
@@ -28,14 +28,14 @@ def rectangle(
 def triangle(
     u:Tensor, # any shape, in units of the bandwidth
 ) -> Tensor: # 1-|u| where |u| < 1, else 0
-    "Weigh points less the further they are from the centre, linearly."
+    "Weigh points by their distance from the centre, linearly."
     return (1 - u.abs()).relu()
 
 
 def epanechnikov(
     u:Tensor, # any shape, in units of the bandwidth
 ) -> Tensor: # 3/4 (1-u²) where |u| < 1, else 0
-    "Weigh points by a parabola, the kernel of least mean squared error for a density."
+    "Weigh points by a parabola."
     return .75*(1 - u*u).relu()
 
 
@@ -45,14 +45,14 @@ def gaussian(
     "Weigh points by the normal density: smooth, and never exactly 0."
     return torch.exp(-.5*u*u)*(1/math.sqrt(2*math.pi))
 
-# %% ../../nbs/sae/00_ste.ipynb #588bbb77
+# %% ../../nbs/sae/00_ste.ipynb #766ce2ac
 @dataclass(frozen=True)
 class Kernel:
-    "A symmetric bump of unit area, with the three numbers that decide how good a gradient it gives."
-    name:str
-    fn:Callable[[Tensor], Tensor] # K(u), same shape and dtype as u
-    support:float # K(u) = 0 for |u| > support
-    variance:float # ∫ u² K(u) du: how wide it is
+    "A symmetric bump of unit area, with the numbers that decide how good a gradient it gives."
+    name:str # as in `KERNELS`
+    fn:Callable[[Tensor], Tensor] = field(repr=False) # K(u), of the shape and dtype of u
+    support:float # K(u) = 0 where |u| > support
+    variance:float # ∫ u² K(u) du: its width
     m1:float # ∫ u K(u) du over u > 0: its share in the bias
     roughness:float # R = ∫ K(u)² du: its share in the noise
 
@@ -77,7 +77,7 @@ KERNELS:dict[str, Kernel] = {k.name: k for k in (
     Kernel("epanechnikov", epanechnikov, 1.,       1/5,  3/16,                   3/5),
     Kernel("gaussian",     gaussian,     math.inf, 1.,   1/math.sqrt(2*math.pi), .5/math.sqrt(math.pi)))}
 
-# %% ../../nbs/sae/00_ste.ipynb #2d55d626
+# %% ../../nbs/sae/00_ste.ipynb #c8e8a818
 class _Heaviside(torch.autograd.Function):
     "H(z-θ), with the slope of a smoothed step to θ (and to z, if asked)."
 
@@ -91,13 +91,14 @@ class _Heaviside(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         (z, threshold), (need_z, need_threshold, *_) = ctx.saved_tensors, ctx.needs_input_grad
-        need_z = need_z and ctx.ste_to_input
-        if not (need_z or need_threshold): return None, None, None, None, None
-        slope = grad*ctx.kernel((z - threshold)/ctx.bandwidth)/ctx.bandwidth              # dH/dz = K/ε
-        return (slope.to(z.dtype) if need_z else None,
-                -slope.sum_to_size(threshold.shape).to(threshold.dtype) if need_threshold else None, None, None, None)
+        d_z = d_threshold = None
+        if need_threshold or need_z and ctx.ste_to_input:
+            slope = grad*ctx.kernel((z - threshold)/ctx.bandwidth)/ctx.bandwidth                  # K/ε
+            if need_threshold: d_threshold = -slope.sum_to_size(threshold.shape).to(threshold.dtype)
+            if need_z and ctx.ste_to_input: d_z = slope.to(z.dtype)
+        return d_z, d_threshold, None, None, None
 
-
+# %% ../../nbs/sae/00_ste.ipynb #46729194
 class _JumpReLU(torch.autograd.Function):
     "z H(z-θ), with the slope of a smoothed step to θ (and to z, if asked)."
 
@@ -105,32 +106,36 @@ class _JumpReLU(torch.autograd.Function):
     def forward(ctx, z, threshold, bandwidth, kernel, ste_to_input):
         ctx.save_for_backward(z, threshold)
         ctx.bandwidth, ctx.kernel, ctx.ste_to_input = bandwidth, kernel, ste_to_input
-        return torch.where(z > threshold, z, 0)
+        return torch.where(z <= threshold, 0, z)                                                  # NaN stays NaN
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (z, threshold), (need_z, need_threshold, *_) = ctx.saved_tensors, ctx.needs_input_grad
-        d_z = d_threshold = None
-        if need_z: d_z = torch.where(z > threshold, grad, 0)                              # df/dz = H(z-θ)
+        d_z = torch.where(z > threshold, grad, 0) if need_z else None                             # H
+        d_threshold = None
         if need_threshold or need_z and ctx.ste_to_input:
-            slope = grad*ctx.kernel((z - threshold)/ctx.bandwidth)*(threshold/ctx.bandwidth)   # θK/ε
+            slope = grad*ctx.kernel((z - threshold)/ctx.bandwidth)*(threshold/ctx.bandwidth)      # θK/ε
             if need_threshold: d_threshold = -slope.sum_to_size(threshold.shape).to(threshold.dtype)
             if need_z and ctx.ste_to_input: d_z = d_z + slope.to(z.dtype)
         return d_z, d_threshold, None, None, None
 
-# %% ../../nbs/sae/00_ste.ipynb #6995ea0a
-def _check(z, threshold, bandwidth, kernel):
-    "Return the `Kernel`, or say in one sentence what does not fit."
-    if not isinstance(kernel, Kernel):
-        if kernel not in KERNELS: raise ValueError(f"unknown kernel {kernel!r}: choose one of {', '.join(KERNELS)}, or pass a Kernel")
-        kernel = KERNELS[kernel]
+# %% ../../nbs/sae/00_ste.ipynb #e3e94c24
+def _kernel(kernel):
+    "Return the `Kernel` of that name."
+    if isinstance(kernel, Kernel): return kernel
+    if kernel not in KERNELS: raise ValueError(f"unknown kernel {kernel!r}: choose one of {', '.join(KERNELS)}, or pass a Kernel")
+    return KERNELS[kernel]
+
+
+def _check(z, threshold, bandwidth):
+    "Say in one sentence what does not fit."
     if threshold.ndim > z.ndim or any(t not in (1, n) for t, n in zip(threshold.shape[::-1], z.shape[::-1])):
-        raise ValueError(f"threshold of shape {tuple(threshold.shape)} does not fit pre-activations of shape {tuple(z.shape)}: give one threshold per latent, the last dimension")
+        raise ValueError(f"threshold of shape {tuple(threshold.shape)} does not fit pre-activations of shape {tuple(z.shape)}: "
+                         "give one threshold per latent, the last dimension")
     if not isinstance(bandwidth, Tensor) and not bandwidth > 0: raise ValueError(f"bandwidth is {bandwidth}, but must be positive")
-    return kernel
 
-
+# %% ../../nbs/sae/00_ste.ipynb #39468765
 def heaviside(
     z:Tensor, # (..., d_sae) pre-activations, raw: neither rectified nor gated
     threshold:Tensor, # (d_sae,) or 0-d, in the units of `z`
@@ -138,55 +143,57 @@ def heaviside(
     kernel:str|Kernel="rectangle", # shape of the smoothing, a name in `KERNELS`
     ste_to_input:bool=False, # also send the smoothed slope to `z`
 ) -> Tensor: # (..., d_sae) 1 where `z` > `threshold`, else 0, in the dtype of `z`
-    "Compute H(z-θ), with the pseudo-derivative -K((z-θ)/ε)/ε in θ (arXiv 2407.14435 eq. 12)."
-    return _Heaviside.apply(z, threshold, bandwidth, _check(z, threshold, bandwidth, kernel), ste_to_input)
+    "Compute H(z-θ), with the pseudo-derivative -K((z-θ)/ε)/ε in θ (arXiv 2407.14435 § 3)."
+    _check(z, threshold, bandwidth)
+    return _Heaviside.apply(z, threshold, bandwidth, _kernel(kernel), ste_to_input)
 
-
+# %% ../../nbs/sae/00_ste.ipynb #6c3d25ef
 def jumprelu(
     z:Tensor, # (..., d_sae) pre-activations
     threshold:Tensor, # (d_sae,) or 0-d, in the units of `z`
     bandwidth:float|Tensor=.001, # ε, in the units of `z`; a tensor may be 0-d or hold one value per latent
     kernel:str|Kernel="rectangle", # shape of the smoothing, a name in `KERNELS`
     ste_to_input:bool=False, # also send the smoothed slope to `z`
-) -> Tensor: # (..., d_sae) `z` where `z` > `threshold`, else 0
-    "Compute z H(z-θ), with the pseudo-derivative -θ K((z-θ)/ε)/ε in θ (arXiv 2407.14435 eq. 11)."
-    return _JumpReLU.apply(z, threshold, bandwidth, _check(z, threshold, bandwidth, kernel), ste_to_input)
+) -> Tensor: # (..., d_sae) `z` where `z` > `threshold`, else 0, in the dtype of `z`
+    "Compute z H(z-θ), with the pseudo-derivative -θK((z-θ)/ε)/ε in θ (arXiv 2407.14435 § 3)."
+    _check(z, threshold, bandwidth)
+    return _JumpReLU.apply(z, threshold, bandwidth, _kernel(kernel), ste_to_input)
 
-# %% ../../nbs/sae/00_ste.ipynb #766ce2ac
+# %% ../../nbs/sae/00_ste.ipynb #729be324
 def _phi(t): return torch.exp(-.5*t*t)/math.sqrt(2*math.pi)
 
 
 def gaussian_grad(
     theta:Tensor|float, # threshold, any shape
-    lam:Tensor|float, # price of one active latent
-) -> Tensor: # dE[L]/dθ
-    "Compute the exact gradient of the expected loss for one feature with z ~ N(0,1): (θ²-λ)φ(θ)."
-    theta = torch.as_tensor(theta)
+    lam:Tensor|float, # λ, price of one active latent
+) -> Tensor: # (float64) dE[L]/dθ
+    "Compute the exact gradient of the expected loss, (θ²-λ)φ(θ), for one feature with z ~ N(0,1)."
+    theta = torch.as_tensor(theta).double()
     return (theta**2 - lam)*_phi(theta)
 
-
+# %% ../../nbs/sae/00_ste.ipynb #79e4ea77
 def gaussian_ste_grad(
     theta:Tensor|float, # threshold, any shape
-    lam:Tensor|float, # price of one active latent
+    lam:Tensor|float, # λ, price of one active latent
     bandwidth:Tensor|float, # ε of the rectangle
-) -> Tensor: # E[pseudo-gradient]
-    "Compute the exact expectation G_ε(θ) of the rectangle's pseudo-gradient for one feature with z ~ N(0,1)."
+) -> Tensor: # (float64) E[pseudo-gradient]
+    "Compute the exact expectation G_ε(θ) of the rectangle's pseudo-gradient, for one feature with z ~ N(0,1)."
     theta, half = torch.as_tensor(theta).double(), torch.as_tensor(bandwidth).double()/2
     mass = torch.special.ndtr(theta + half) - torch.special.ndtr(theta - half)
     return (2*theta*(_phi(theta - half) - _phi(theta)) - lam*mass)/(2*half)
 
-
+# %% ../../nbs/sae/00_ste.ipynb #e347605f
 def optimal_bandwidth(
     theta:Tensor|float, # threshold
-    lam:Tensor|float, # price of one active latent
+    lam:Tensor|float, # λ, price of one active latent
     batch_size:int, # samples per gradient estimate
     kernel:str|Kernel="rectangle", # a name in `KERNELS`
-    p:Tensor|float|None=None, # density of z at `theta`; of N(0,1) when None
-    dp:Tensor|float|None=None, # slope of that density at `theta`
-) -> Tensor: # ε*, in the units of `theta`
-    "Compute the bandwidth of least mean squared error of the threshold's gradient, to leading order."
-    kernel, theta = _check(torch.empty(0), torch.empty(()), 1., kernel), torch.as_tensor(theta).double()
+    p:Tensor|float|None=None, # density of z at `theta`; that of N(0,1) when None
+    dp:Tensor|float=0., # slope of that density at `theta`; used only with `p`
+) -> Tensor: # (float64) ε*, in the units of `theta`
+    "Compute the bandwidth of least mean squared error of the threshold's gradient, to leading order, for a unit-norm decoder row."
+    kernel, theta = _kernel(kernel), torch.as_tensor(theta).double()
     if p is None: p, dp = _phi(theta), -theta*_phi(theta)
-    bias = 2*kernel.m1*theta*(p + theta*dp)                                               # per unit of ε
-    noise = kernel.roughness*p*((2*theta**2 - lam)**2 + lam**2)/(2*batch_size)            # times 1/ε
-    return (noise/(2*bias**2))**(1/3)
+    b = 2*kernel.m1*theta*(p + theta*dp)                                                   # bias = ε b
+    v = kernel.roughness*p*((2*theta**2 - lam)**2 + lam**2)/(2*batch_size)                 # variance = v/ε
+    return (v/(2*b**2))**(1/3)
