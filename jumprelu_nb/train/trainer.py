@@ -268,7 +268,7 @@ def train(
     if device is None: device = source.device if isinstance(source, LanguageModel) else "cpu"
     for line in advice(recipe, acts.d_in, d_sae, tokens): warnings.warn(line, stacklevel=2)
     trainer = Trainer(acts, recipe, d_sae, tokens, seed, device)
-    identity = dict(recipe=recipe.to_dict(), d_in=acts.d_in, d_sae=d_sae, tokens=tokens, seed=seed, data=acts.fingerprint)
+    identity = dict(recipe=recipe.to_dict(), d_in=acts.d_in, d_sae=d_sae, tokens=tokens, seed=seed, data=acts.mark)
     log, spent = [], 0.
     if resume and (out/"checkpoint.pt").exists(): log, spent = _load_checkpoint(out/"checkpoint.pt", trainer, identity)
     elif resume and (out/"sae_weights.safetensors").exists(): return Run(SAE.load(out, device), read_log(out), recipe, out)
