@@ -4,7 +4,7 @@ A page that fails here would fail in the documentation's workflow too, where nbd
 import importlib.util, json, os, re, subprocess, sys
 from pathlib import Path
 import pytest
-from _book import blob, lib, module, nbs, notebook, pages, rooms, root
+from _book import blob, module, nbs, notebook, pages, rooms, root
 
 each_page = pytest.mark.parametrize("page", pages())
 

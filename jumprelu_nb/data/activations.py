@@ -52,8 +52,7 @@ def _harvests(
     k:int, # contexts per forward pass
 ) -> Iterator[tuple[int, Callable[[], Tensor]]]: # pairs (number of rows, function that makes them)
     "Plan the harvest of many contexts."
-    for some in tokens.split(k):
-        keep = keep_mask(lm, some)
+    for some, keep in zip(tokens.split(k), keep_mask(lm, tokens).split(k)):
         yield int(keep.sum()), partial(harvest, lm, site, some, keep)
 
 # %% ../../nbs/data/03_activations.ipynb #0c517240
@@ -137,9 +136,10 @@ class Activations:
         seed:int=0, # of `sample`
     ):
         if n_rows == 0: raise ValueError(f"{name}: no rows")
-        self.blocks, self.d_in, self.name, self.n_rows, self.device, self.mark, self.seed = blocks, d_in, name, n_rows, torch.device(device), mark, seed
+        self.blocks, self.d_in, self.name, self.n_rows = blocks, d_in, name, n_rows
+        self.device, self.mark, self.seed = torch.device(device), mark, seed
 
-    def __repr__(self): return f"Activations({self.name}: {'streamed' if self.n_rows is None else f'{self.n_rows:,}'} rows of {self.d_in})"
+    def __repr__(self): return f"Activations({self.name}: {'streamed' if self.n_rows is None else format(self.n_rows, ',')} rows of {self.d_in})"
 
     @classmethod
     def from_tensor(
@@ -151,7 +151,8 @@ class Activations:
         "Serve the rows of a matrix."
         x = _matrix(x, name)
         def blocks(order, epoch):
-            for rows in torch.randperm(len(x), generator=_generator(order, epoch)).split(8192): yield len(rows), partial(_take, x, rows)
+            for rows in torch.randperm(len(x), generator=_generator(order, epoch)).split(8192):
+                yield len(rows), partial(_take, x, rows)
         mark = fingerprint(tuple(x.shape), str(x.dtype), _take(x, torch.arange(0, len(x), max(1, len(x)//1024))))
         return cls(blocks, x.shape[1], name, len(x), x.device if isinstance(x, Tensor) else "cpu", mark, seed)
 
@@ -163,9 +164,12 @@ class Activations:
         seed:int=0, # of `sample`
     ) -> Activations:
         "Serve blocks in the order in which they come, shuffled in the buffer only."
-        if not callable(blocks) and not hasattr(blocks, "__iter__"): raise TypeError(f"{name} must be an iterable of (n, d_in) blocks, not {type(blocks).__name__}")
+        if not callable(blocks) and not hasattr(blocks, "__iter__"):
+            raise TypeError(f"{name} must be an iterable of (n, d_in) blocks, not {type(blocks).__name__}")
         once = _Once(blocks) if hasattr(blocks, "__next__") else None
-        def start(look): return iter(blocks()) if callable(blocks) else iter(blocks) if once is None else once.peek() if look else once.take()
+        def start(look):
+            if once is not None: return once.peek() if look else once.take()
+            return iter(blocks() if callable(blocks) else blocks)
         first = next(start(look=True), None)
         if first is None: raise ValueError(f"{name}: no rows")
         first = _matrix(first, f"block 0 of {name}")
@@ -173,7 +177,8 @@ class Activations:
             for i, x in enumerate(start(look=order.startswith("sample"))):
                 x = _matrix(x, f"block {i} of {name}", first.shape[1])
                 yield len(x), partial(_take, x, slice(None))
-        return cls(read, first.shape[1], name, None, first.device if isinstance(first, Tensor) else "cpu", fingerprint(name, first.shape[1]), seed)
+        device = first.device if isinstance(first, Tensor) else "cpu"
+        return cls(read, first.shape[1], name, None, device, fingerprint(name, first.shape[1]), seed)
 
     @classmethod
     def from_lm(
@@ -194,20 +199,23 @@ class Activations:
         T = text.shape[-1] if isinstance(text, Tensor) else check_context_size(lm, context_size)
         k = batch_contexts or max(1, (4096 if lm.device.type == "cpu" else 32_768)//T)
         name = f"{site} of {lm.name or type(lm.model).__name__}"
-        if max_tokens is None and not isinstance(text, Tensor) and text_kind(text) == "dataset":      # too large to hold, perhaps endless
+        if max_tokens is None and not isinstance(text, Tensor) and text_kind(text) == "dataset":   # may be endless: take it as it comes
             if cache is not None: raise ValueError("a cache needs an end: give max_tokens with a streamed dataset")
-            def stream(order, epoch): return (x for many in stream_contexts(lm, texts(text, split), T) for x in _harvests(lm, site, many, k))
+            def stream(order, epoch):
+                for many in stream_contexts(lm, texts(text, split), T): yield from _harvests(lm, site, many, k)
             return cls(stream, site.d_in, name, None, lm.device, fingerprint(weights, site, str(text), split, T, k), seed)
         tokens = (text if isinstance(text, Tensor) else pack(lm, texts(text, split), T, max_tokens)).cpu().int()
-        rows = keep_mask(lm, tokens).sum(1)                                      # (n,) activations of each context
-        mark = fingerprint(weights, site, tokens, lm.special_ids)
+        rows, mark = keep_mask(lm, tokens).sum(1), fingerprint(weights, site, tokens, lm.special_ids)      # (n,) activations of each context
         def permuted(order, epoch): return torch.randperm(len(tokens), generator=_generator(order, epoch))
-        def fresh(order, epoch): return _harvests(lm, site, tokens[permuted(order, epoch)], k)
-        if cache is None: return cls(fresh, site.d_in, name, int(rows.sum()), lm.device, fingerprint(mark, k), seed)
+        if cache is None:
+            def fresh(order, epoch): return _harvests(lm, site, tokens[permuted(order, epoch)], k)
+            return cls(fresh, site.d_in, name, int(rows.sum()), lm.device, fingerprint(mark, k), seed)
         mark = fingerprint(mark, cache_dtype)
-        read = stored(Path(cache)/f"{site}-{mark}.arrow", mark, rows, lambda: (make() for _, make in _harvests(lm, site, tokens, k)), site.d_in,
-                      dict(name=name, contexts=len(tokens), context_size=T), cache_dtype)
-        def kept(order, epoch): return ((int(rows[some].sum()), partial(read, some)) for some in permuted(order, epoch).split(k))
+        def made(): return (make() for _, make in _harvests(lm, site, tokens, k))
+        about = dict(name=name, contexts=len(tokens), context_size=T)
+        read = stored(Path(cache)/f"{site}-{mark}.arrow", mark, rows, made, site.d_in, about, cache_dtype)
+        def kept(order, epoch):
+            for some in permuted(order, epoch).split(k): yield int(rows[some].sum()), partial(read, some)
         return cls(kept, site.d_in, name, int(rows.sum()), "cpu", fingerprint(mark, "stored"), seed)
 
     def rows(
@@ -311,8 +319,10 @@ class Loader:
 
     def _blame(self, r):
         bad = ~torch.isfinite(self._buffer).all(1)[self._order]
-        if bad.any(): raise ValueError(f"{self.acts.name}: NaN or infinity in {int(bad.sum()):,} of {len(bad):,} activations, first in batch "
-                                       f"{r*self.per_round + int(bad.nonzero()[0])//self.batch_size} (counted from 0): run the model in float32, or clean the data")
+        if not bad.any(): return                             # a sum too large for float32
+        batch = r*self.per_round + int(bad.nonzero()[0])//self.batch_size
+        raise ValueError(f"{self.acts.name}: NaN or infinity in {int(bad.sum()):,} of {len(bad):,} activations, first in batch {batch} (counted from 0): "
+                         "run the model in float32, or clean the data")
 
     def state_dict(self) -> dict[str, Any]: # numbers and strings, fit for JSON
         "Describe where the loader stands."
@@ -325,5 +335,6 @@ class Loader:
         "Go on where another loader stood."
         for k, v in self.state_dict().items():
             if k not in state: raise ValueError(f"this is not the state of a loader: it has no {k!r}")
-            if k != "batches" and state[k] != v: raise ValueError(f"the state was saved with {k}={state[k]!r}, this loader has {k}={v!r}: its batches would be others")
+            if k != "batches" and state[k] != v:
+                raise ValueError(f"the state was saved with {k}={state[k]!r}, this loader has {k}={v!r}: its batches would be others")
         self.batches = state["batches"]

@@ -81,8 +81,10 @@ def _dataset(
         from datasets import load_dataset
         name, _, config = str(source).partition(":")
         try: parts = load_dataset(name, config or None, streaming=True)
-        except Exception as e: raise ValueError(f"text={str(source)!r} is not 'stdlib', not an existing file or folder, and cannot be opened as a dataset "
-                                                f"({type(e).__name__}: {e}); to use the string itself as text, pass a list") from e
+        except Exception as e:
+            why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+            raise ValueError(f"text={str(source)[:80]!r} is not 'stdlib', not an existing file or folder, and cannot be opened as a dataset "
+                             f"({why}); to use the string itself as text, pass a list") from e
         held = next((s for s in ("validation", "test") if s in parts), None)
         want = held if split == "validation" and held else "train"
         if want not in parts: raise ValueError(f"the dataset {name!r} has no split 'train', only {', '.join(parts)}")
@@ -158,8 +160,9 @@ def token_stream(
     def flush():
         nonlocal started
         ids = []
-        out = lm.tokenizer([p for _, p in batch], add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)
-        for (first, _), piece in zip(batch, out["input_ids"]):
+        pieces = lm.tokenizer([p for _, p in batch], add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
+                              verbose=False)["input_ids"]
+        for (first, _), piece in zip(batch, pieces):
             if first and started and sep is not None: ids.append(sep)
             ids += piece
             started = True

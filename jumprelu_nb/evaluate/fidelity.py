@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from ..data.activations import keep_mask, pack, texts
+from ..data.activations import keep_mask
 from ..data.lm import LanguageModel, Site
+from ..data.text import pack, texts
 from .metrics import ReconstructionStats, blocks_of, random_control
 from ..sae.model import SAE
 
