@@ -51,7 +51,9 @@ def test_doc_stage(stage, page):
     proc, failed = stage
     assert page not in failed, failed.get(page)
     nb = preview.plain(proc/page)
-    title, summary = re.match(r"# (.*)\n\n> (.*)", notebook(page)["cells"][0]["source"]).groups()
+    head = re.match(r"# (.*)\n\n> (.*)", notebook(page)["cells"][0]["source"])
+    assert head, "the first cell is title and summary"
+    title, summary = head.groups()
     assert nb.cells[0].source == f"# {title}\n\n> {summary}"
     want = [l for c in notebook(page)["cells"][1:] if c["cell_type"] == "markdown" for l in re.findall(r"^##+ .*[^-\s]$", c["source"], re.M)]
     got = [l for c in nb.cells if c.cell_type == "markdown" for l in c.source.splitlines() if l.startswith("##")]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from jumprelu_nb.data.lm import LanguageModel, find_blocks, kinds
+from jumprelu_nb.data.lm import LanguageModel, find_blocks, kinds, reconstruct_at
 
 # model type -> (config fields, how the block adds up); all: width 32, 3 layers, 64 tokens
 llama = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, max_position_embeddings=40)
@@ -335,3 +335,12 @@ def test_interventions_stack():
     x = lm.capture(tokens, "resid_post.1")["resid_post.1"]
     with lm.intervene("resid_post.1", lambda x, t: x+1), lm.intervene("resid_post.1", lambda x, t: x*2):
         torch.testing.assert_close(lm.capture(tokens, "resid_post.1")["resid_post.1"], (x+1)*2)
+
+
+def test_without_bos_the_first_position_is_spared():
+    "as in harvesting: an attention sink is no ordinary activation; a single token with a cache is not a first position"
+    none = torch.tensor([], dtype=torch.long)
+    zero, x = reconstruct_at(torch.zeros_like, none, spare_first=True), torch.ones(2, 4, 3)
+    assert zero(x, torch.ones(2, 4, dtype=torch.long))[0, :, 0].tolist() == [1, 0, 0, 0]
+    assert zero(x[:, :1], torch.ones(2, 1, dtype=torch.long)).sum() == 0
+    assert reconstruct_at(torch.zeros_like, none)(x, torch.ones(2, 4, dtype=torch.long)).sum() == 0

@@ -8,11 +8,12 @@ cd "$(dirname "$0")/.."
 export PLOTLY_RENDERER=notebook_connected HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 page="${1#nbs/}"; page="${page%.ipynb}"
 nb="nbs/$page.ipynb"; txt=".nbtext/$page.py"
-[ -f "$txt" ] || { echo "$txt is missing: write it (copy tools/nbheader.txt to its top), or take the text of all pages with tools/text.sh" >&2; exit 1; }
+[ -f "$txt" ] || { echo "$txt is missing: write it (copy tools/nbheader.txt to its top), or take the text of all pages with python tools/text.py" >&2; exit 1; }
 lock="$(git rev-parse --git-path nb.lock)"
+alone() { if command -v flock >/dev/null; then flock "$lock" sh -c "$1"; else sh -c "$1"; fi; }
 if [ -f "$nb" ]; then jupytext -q --check-source-is-newer --to ipynb --update -o "$nb" "$txt"
 else mkdir -p "$(dirname "$nb")"; jupytext -q --to ipynb -o "$nb" "$txt"; fi
-flock "$lock" sh -c "nbdev_clean --fname '$nb' && nbdev_export"
+alone "nbdev_clean --fname '$nb' && nbdev_export"
 python tools/run_save.py "$nb" "${2:-}"
-flock "$lock" sh -c "nbdev_clean --fname '$nb' && nbdev_export"
+alone "nbdev_clean --fname '$nb' && nbdev_export"
 touch "$txt"   # the text is in step again, and may be edited further

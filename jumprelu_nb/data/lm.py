@@ -192,12 +192,16 @@ def reconstruct_at(
     sae:Any, # callable on raw activations (…, d_in)
     special:Tensor, # (n,) ids of tokens whose positions stay as they are
     keep_error:bool=False, # keep the values, let only gradients pass through the SAE
+    spare_first:bool=False, # leave the first position alone as well, for models that have no BOS
 ) -> Callable[[Tensor, Tensor|None], Tensor]: # for `intervene`
     "Turn an SAE into an intervention that leaves special tokens alone."
     def fn(x, tokens):
         x_hat = sae(x.to(device=getattr(sae, "device", x.device), dtype=getattr(sae, "dtype", x.dtype))).to(x)
         if keep_error: x_hat = x.detach() + (x_hat - x_hat.detach()) # x̂ + (x − x̂), the error held constant, without its rounding
-        return x_hat if tokens is None else torch.where(torch.isin(tokens, special.to(tokens.device))[..., None], x, x_hat)
+        if tokens is None: return x_hat
+        spared = torch.isin(tokens, special.to(tokens.device))
+        if spare_first and tokens.shape[1] > 1: spared[:, 0] = True # one token alone is a step of cached generation
+        return torch.where(spared[..., None], x, x_hat)
     return fn
 
 # %% ../../nbs/data/01_lm.ipynb #9ac8dea4
@@ -312,7 +316,7 @@ class LanguageModel:
         site = self.site(site)
         if (d := getattr(sae, "d_in", site.d_in)) != site.d_in:
             raise ValueError(f"the SAE reads {d} numbers, but {site} of {self.name} has {site.d_in}: it was trained on another site or model")
-        return self.intervene(site, reconstruct_at(sae, self.special_ids, keep_error))
+        return self.intervene(site, reconstruct_at(sae, self.special_ids, keep_error, self.bos_id is None))
 
     def logits(self,
         tokens:str|Tensor|Sequence[int], # text or ids (n,), BOS is added; or (contexts, positions) as they are

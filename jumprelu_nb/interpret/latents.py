@@ -318,6 +318,7 @@ def selectivity(
     stats:LatentStats, # what was collected, with random contexts
 ) -> tuple[Tensor, Tensor]: # (d_sae,) share of the random firings on the commonest token, 0 for dead latents; (d_sae,) that token's id, or −1
     "Measure how much a latent is about one token."
+    if not stats.sample.key.shape[1]: raise ValueError("No random contexts were collected: collect with sample=10 to measure selectivity.")
     centre = stats.sample.tokens[:, :, stats.window[0]].long()                              # (d_sae, sample)
     equal = (centre[:, :, None] == centre[:, None]) & (centre >= 0)[:, :, None]             # (d_sae, sample, sample)
     votes, at = equal.sum(-1).max(-1)
@@ -330,13 +331,14 @@ def interesting(
     seed:int=0, # of the draw
 ) -> list[int]: # latents, the most selective first
     "Draw some latents worth showing, from selective to contextual."
+    if n < 1: return []
     share, token = selectivity(stats)
     enough = (stats.sample.key >= 0).sum(-1) >= min(5, stats.sample.key.shape[1])
     good = (enough & (stats.frequency < .05)).nonzero().squeeze(1)
     if len(good) < n: good = stats.alive.nonzero().squeeze(1)
     good = good[share[good].argsort(descending=True, stable=True)]
     g, chosen, used = torch.Generator().manual_seed(seed), [], set()
-    for part in good.tensor_split(n) if n > 0 else []:
+    for part in good.tensor_split(n):
         head = len(part) // 4 or len(part)                                                  # of each part its most selective quarter first
         for j in [*torch.randperm(head, generator=g).tolist(), *range(head, len(part))]:
             if (t := int(token[part[j]])) not in used: used.add(t); chosen.append(int(part[j])); break

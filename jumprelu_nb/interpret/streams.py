@@ -86,9 +86,9 @@ class Best:
         window:Callable[[Tensor], tuple[Tensor, Tensor]], # entry numbers (m,) → tokens and activations (m, width)
     ) -> None:
         "Let entries in if they are good enough."
-        k = self.key.shape[1]
+        if not (k := self.key.shape[1]): return
         at = (key >= self.key[group, -1]).nonzero().squeeze(1)
-        if not len(at) or not k: return
+        if not len(at): return
         at = at[best_of(group[at], key[at], position[at], mark[at], k)[0]]
         new = dict(zip(self.fields, (key[at].double(), value[at].float(), position[at], mark[at], *window(at))))
         touched, row = group[at].unique(return_inverse=True)
@@ -119,7 +119,7 @@ def random_keys(
     seed:int=0,
 ) -> Tensor: # (n,) float64 in [0, 1)
     "Give every entry a random number of its own."
-    x = torch.full_like(ids[0], seed)
+    x = scramble(torch.full_like(ids[0], seed + 1))
     for i in ids: x = scramble(x + i + 0x1E3779B97F4A7C15)
     return ((x >> 11) & ((1 << 53) - 1)).double() / 2**53
 

@@ -12,7 +12,6 @@ import os
 import re
 import shlex
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -42,7 +41,8 @@ def with_help(
     for p in inspect.signature(fn).parameters.values():
         text, flag = said.get(p.name, ""), "--" + p.name.strip("_").replace("_", "-")
         if p.default is p.empty: info = typer.Argument(..., help=text)
-        else: info = typer.Option(p.default, flag, help=text, hidden=text.startswith("(hidden)"), show_default=p.default not in (None, False))
+        else: info = typer.Option(p.default, flag, help=text, hidden=text.startswith("(hidden)"), show_default=p.default not in (None, False),
+                                  metavar="FIELD=VALUE" if hints[p.name] == list[str] | None else None)
         params.append(p.replace(default=info, annotation=hints[p.name]))
     fn.__signature__ = inspect.Signature(params)
     return fn
@@ -158,8 +158,8 @@ def train_command(
     recipe:str="practical", # set of all choices: practical, paper, gemma_scope, topk or relu_l1
     d_sae:int|None=None, # number of latents [default: 8 times the width of the activations]
     l0:float|None=None, # wanted mean number of active latents per token [default: the recipe's own; 32 if practical]
-    tokens:int=2_000_000, # length of the training
-    seed:int=0, # of weights and order of the data
+    tokens:int=2_000_000, # length of the training, in tokens
+    seed:int=0, # random seed of the weights and of the order of the data
     device:str="auto", # auto, cpu, cuda, cuda:1, mps, …
     out:Path|None=None, # folder for the files [default: runs/MODEL-SITE-D_SAE-l0_L0-sSEED]
     resume:bool=False, # go on with an interrupted run
@@ -167,7 +167,7 @@ def train_command(
     context_size:int|None=None, # tokens per context [default: the model's own, at most 1024]
     cache:Path|None=None, # keep the activations in this folder and reuse them
     track:str|None=None, # log there too: tensorboard, trackio, wandb, …
-    eval_tokens:int=100_000, # length of the evaluation on validation text
+    eval_tokens:int=100_000, # length of the evaluation on validation text, in tokens
     show:int=5, # number of latents to show at the end
     quiet:bool=False, # print nothing but the folder
     checkpoint_seconds:float=30., # (hidden) at most this much work is lost by a kill
@@ -185,8 +185,8 @@ def train_command(
     _check_text(lm, text)
     base, goal = re.sub(r"[^\w.-]+", "_", Path(lm.name).name) or "model", chosen.name if chosen.l0 is None else f"l0_{chosen.l0:g}"
     out = out or choose_out(f"{base}-{at.name}-{d_sae}-{goal}-s{seed}", resume)
+    state = _refuse(out, resume)
     if not quiet: print(f"{lm.name} · {at.name} · {at.d_in} → {d_sae} latents · {chosen.name}" + (f" · L0 {chosen.l0:g}" if chosen.l0 else "") + f" · {tokens:,} tokens · {out}", flush=True)
-    if (state := state_of(out)) == "trained" and not resume: raise FileExistsError(f"{out} holds a trained SAE without its evaluation: pass --resume to evaluate it, or choose another --out.")
     is_new = not out.exists()
     try:
         run = train(lm, at, chosen, d_sae, None, tokens, out, seed, text, resume=resume, progress=not quiet and sys.stderr.isatty(), track=track, checkpoint_seconds=checkpoint_seconds, cache=cache)
@@ -211,6 +211,14 @@ def _model_and_site(model:str, site:str, layer:int|None, device:str, context_siz
     from jumprelu_nb.data.lm import LanguageModel
     lm = LanguageModel.load(model, _device(device), context_size=context_size)
     return lm, _site(lm, site, layer)
+
+
+def _refuse(out:Path, resume:bool) -> str:
+    "Nothing is overwritten; returns the state of the folder."
+    if (state := state_of(out)) == "empty" or resume: return state
+    if state == "finished": raise FileExistsError(f"{out} holds a finished run, which is not overwritten: choose another --out.")
+    what = "an interrupted run" if state == "interrupted" else "a trained SAE without its evaluation"
+    raise FileExistsError(f"{out} holds {what}: pass --resume to go on, or choose another --out.")
 
 
 def _check_text(lm:LanguageModel, text:str) -> None:
@@ -245,7 +253,7 @@ def _farewell(sae:SAE, lm:LanguageModel, text:str, show:int, seed:int, out:Path)
         for i in stats.interesting(show, seed): print(stats[i].show(4), end="\n\n")
     print(f"In {out}: {', '.join(sorted(p.name for p in out.iterdir() if p.is_file() and not p.name.startswith('.')))}\n"
           f"Next:   jumprelu evaluate {shlex.quote(str(out))}\n"
-          f"        python -c 'import jumprelu_nb as jr; print(jr.SAE.load({str(out)!r}))'")
+          f"        python -c {shlex.quote(f'import jumprelu_nb as jr; print(jr.SAE.load({json.dumps(str(out))}))')}")
 
 # %% ../../nbs/share/02_cli.ipynb #652035d9
 @app.command("evaluate")
@@ -257,7 +265,7 @@ def evaluate_command(
     text:str|None=None, # what the model reads [default: the text it was trained on]; validation side of it
     tokens:int=100_000, # number of tokens to read
     device:str="auto", # auto, cpu, cuda, cuda:1, mps, …
-    seed:int=0, # of the random dictionary beside it
+    seed:int=0, # random seed of the dictionary to compare with
     as_json:bool=False, # print JSON with the names of metrics.json
 ) -> None:
     "Evaluate a saved SAE on validation text."
@@ -334,7 +342,7 @@ def main(
             with command.make_context("jumprelu", list(args) or ["--help"]) as ctx: command.invoke(ctx)
         return 0
     except typer.Exit as e: return e.exit_code if args else 2
-    except usage_error as e: return _say(f"error: {e.format_message()} See {e.ctx.command_path if e.ctx else 'jumprelu'} --help", 2)
+    except usage_error as e: return _say(f"error: {e.format_message().rstrip('.')}; see {e.ctx.command_path if e.ctx else 'jumprelu'} --help", 2)
     except KeyboardInterrupt as e:
         message, out = (*e.args, "", None)[:2] if e.args else ("", None)
         return _say(f"stopped: {message.split(';')[0] or 'nothing is lost'}" + (f"; go on with: {_go_on(args, out)}" if out else ""), 130)
