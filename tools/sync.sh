@@ -11,6 +11,9 @@ nb="nbs/$page.ipynb"; txt=".nbtext/$page.py"
 [ -f "$txt" ] || { echo "$txt is missing: write it (copy tools/nbheader.txt to its top), or take the text of all pages with python tools/text.py" >&2; exit 1; }
 lock="$(git rev-parse --git-path nb.lock)"
 alone() { if command -v flock >/dev/null; then flock "$lock" sh -c "$1"; else sh -c "$1"; fi; }
+# more than one empty line under the header would become an empty first cell
+awk 'body || n < 2 { if ($0 == "# ---") n++; print; next } /^[[:space:]]*$/ { if (!blank++) print; next } { body = 1; print }' "$txt" >"$txt.part"
+if cmp -s "$txt" "$txt.part"; then rm "$txt.part"; else mv "$txt.part" "$txt"; fi
 if [ -f "$nb" ]; then jupytext -q --check-source-is-newer --to ipynb --update -o "$nb" "$txt"
 else mkdir -p "$(dirname "$nb")"; jupytext -q --to ipynb -o "$nb" "$txt"; fi
 alone "nbdev_clean --fname '$nb' && nbdev_export"

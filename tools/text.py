@@ -30,12 +30,14 @@ def main() -> None:
     if "--force" not in sys.argv[1:] and (lost := edited()):
         names = "\n".join(f"  {t.as_posix()}" for t in lost)
         sys.exit(f"These texts hold edits that are not in their notebooks; write them back with tools/sync.sh, or drop them with --force:\n{names}")
+    header = (root/"tools"/"nbheader.txt").read_text(encoding="utf-8").rstrip("\n") + "\n\n"
     shutil.rmtree(texts, ignore_errors=True)
     for n in sorted(nbs.rglob("*.ipynb")):
         if any(part.startswith(("_", ".")) for part in n.relative_to(nbs).parts): continue
         t = (texts/n.relative_to(nbs)).with_suffix(".py")
         t.parent.mkdir(parents=True, exist_ok=True)
-        jupytext.write(jupytext.read(n), t, fmt="py:percent")
+        text = jupytext.writes(jupytext.read(n), fmt="py:percent")
+        t.write_text(header + text.split("# ---\n", 2)[2].lstrip("\n"), encoding="utf-8")
 
 
 if __name__ == "__main__": main()

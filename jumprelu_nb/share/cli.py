@@ -174,6 +174,7 @@ def train_command(
 ) -> None:
     "Train an SAE, evaluate it, show some latents."
     from jumprelu_nb.evaluate.fidelity import evaluate
+    from jumprelu_nb.sae.model import SAE
     from jumprelu_nb.train.recipes import build_gate, get_recipe
     from jumprelu_nb.train.trainer import train
     chosen = get_recipe(recipe, **dict(map(recipe_field, set_ or [])) | ({} if l0 is None else {"l0": l0}))
@@ -187,23 +188,24 @@ def train_command(
     out = out or choose_out(f"{base}-{at.name}-{d_sae}-{goal}-s{seed}", resume)
     state = _refuse(out, resume)
     if not quiet: print(f"{lm.name} · {at.name} · {at.d_in} → {d_sae} latents · {chosen.name}" + (f" · L0 {chosen.l0:g}" if chosen.l0 else "") + f" · {tokens:,} tokens · {out}", flush=True)
-    is_new = not out.exists()
+    made = [p for p in (out, *out.parents) if not p.exists()]
     try:
-        run = train(lm, at, chosen, d_sae, None, tokens, out, seed, text, resume=resume, progress=not quiet and sys.stderr.isatty(), track=track, checkpoint_seconds=checkpoint_seconds, cache=cache)
-        _same_run(run.sae, out, dict(model_name=lm.name, site=at.name, text=text, seed=seed, recipe=chosen.to_dict()), d_sae)
+        train(lm, at, chosen, d_sae, None, tokens, out, seed, text, resume=resume, progress=not quiet and sys.stderr.isatty(), track=track, checkpoint_seconds=checkpoint_seconds, cache=cache)
+        sae = SAE.load(out, lm.device)                   # what is on disk is what is judged
+        _same_run(sae, out, dict(model_name=lm.name, site=at.name, text=text, seed=seed, recipe=chosen.to_dict()), d_sae)
         if state == "finished": print(f"{out} is finished already; its metrics are in {out/'metrics.json'}.")
-        else: found = evaluate(run.sae, lm, text, tokens=eval_tokens, seed=seed)
+        else: found = evaluate(sae, lm, text, tokens=eval_tokens, seed=seed)
     except KeyboardInterrupt as e: raise KeyboardInterrupt(str(e), out if state_of(out) in ("interrupted", "trained") else None) from None
     except OSError as e:
         if e.errno: raise OSError(f"{out} could not be written ({e.strerror}): free some space, then go on with --resume.") from e
         raise
     finally:
-        if is_new:
-            with suppress(OSError): out.rmdir()          # only if nothing is in it
+        with suppress(OSError):
+            for p in made: p.rmdir()                     # succeeds only if nothing is in it
     if state == "finished": return
-    _write_json(out/"metrics.json", run_metrics(found.to_dict(), run.sae, peak_memory_mb=round(peak_memory_mb() or 0) or None))
+    _write_json(out/"metrics.json", run_metrics(found.to_dict(), sae, peak_memory_mb=round(peak_memory_mb() or 0) or None))
     print(out if quiet else f"\n{found}\n")
-    if not quiet: _farewell(run.sae, lm, text, show, seed, out)
+    if not quiet: _farewell(sae, lm, text, show, seed, out)
 
 # %% ../../nbs/share/02_cli.ipynb #1241f49b
 def _model_and_site(model:str, site:str, layer:int|None, device:str, context_size:int|None=None) -> tuple[LanguageModel, Site]:
