@@ -28,15 +28,15 @@ def training(curve:list[dict], target:float, x0:float, y0:float, w:float, h:floa
     at = lambda t: x0 + w*t/last
     y_l0 = lambda v: y0 + h*(1 - min(v, top)/top)
     y_fvu = lambda v: y0 + h*(1 - math.log(min(v, high)/low)/math.log(high/low))
-    out = [text(x0, y0 - 14, "Training: L0 rises to its target, what is left unexplained falls", 13, weight="600")]
+    out = [text(x0, y0 - 22, f"Training: <tspan fill='{blue}'>L0</tspan> and <tspan fill='{red}'>unexplained variance</tspan>", 13, weight="600")]
     out += [line([(x0, y0 + h), (x0 + w, y0 + h)], "#cccccc", 1)]
     out += [line([(x0, y_l0(target)), (x0 + w, y_l0(target))], blue, 1, "3,3")]
     out += [line([(at(r["tokens"]), y_l0(r["l0"])) for r in curve], blue), line([(at(r["tokens"]), y_fvu(r["fvu"])) for r in curve], red)]
     out += [text(x0 - 6, y_l0(v) + 4, f"{v:g}", 11, blue, "end") for v in (0, target/2, target)]
     ticks = [v for v in (.05, .1, .2, .5, 1.) if low <= v <= high]
     out += [text(x0 + w + 6, y_fvu(v) + 4, f"{v:g}", 11, red) for v in ticks]
-    out += [text(at(v), y0 + h + 16, f"{v/1e6:g} M" if v else "0", 11, grey, "middle") for v in (0, last/2, last)]
-    out += [text(x0 + w/2, y0 + h + 32, "tokens", 11, grey, "middle"), text(x0 - 6, y0 - 1, "L0", 11, blue, "end", "600"), text(x0 + w + 6, y0 - 1, "FVU", 11, red, "start", "600")]
+    out += [text(at(v), y0 + h + 16, f"{v/1e6:.2g} M" if v else "0", 11, grey, "middle") for v in (0, last/2, last)]
+    out += [text(x0 + w/2, y0 + h + 32, "tokens", 11, grey, "middle")]
     return out
 
 
@@ -45,7 +45,7 @@ def losses(m:dict, x0:float, y0:float, w:float, h:float) -> list[str]:
     rows = [("untouched", "ce_clean", grey), ("through the SAE", "ce_sae", blue), ("through a random one", "ce_control", red), ("mean instead", "ce_mean", "#bbbbbb"), ("zero instead", "ce_zero", "#bbbbbb")]
     rows = [(n, m[k]["mean"], c) for n, k, c in rows if k in m]
     top, step, left = max(v for _, v, _ in rows), h/len(rows), 140
-    out = [text(x0, y0 - 14, "What the language model loses", 13, weight="600")]
+    out = [text(x0, y0 - 22, "What the language model loses", 13, weight="600")]
     for i, (name, v, color) in enumerate(rows):
         y, length = y0 + i*step, (w - left - 40)*v/top
         out += [text(x0 + left - 8, y + step/2 + 4, name, 12, anchor="end"), f"<rect x='{x0 + left:.1f}' y='{y + step*.18:.1f}' width='{length:.1f}' height='{step*.64:.1f}' fill='{color}' rx='2'/>",
@@ -61,7 +61,7 @@ def main() -> None:
     args = parser.parse_args()
     r = json.loads(args.results.read_text(encoding="utf-8"))["results"]
     l0, first = next(iter(r["by_l0"].items()))
-    body = training(r["curve"], float(l0), 50, 50, 330, 190) + losses(first["summary"], 440, 50, 420, 190)
+    body = training(r["curve"], float(l0), 46, 52, 330, 190) + losses(first["summary"], 450, 52, 410, 190)
     label = "Left: during training L0 rises to its target while the fraction of variance unexplained falls. Right: cross-entropy of the language model untouched, through the SAE, through a random SAE, and with the mean or zero instead."
     svg = [f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 880 290' width='880' role='img' aria-label='{label}' {font}>", "<rect width='880' height='290' fill='#ffffff' rx='6'/>", *body, "</svg>"]
     args.out.parent.mkdir(parents=True, exist_ok=True)

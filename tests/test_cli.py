@@ -81,7 +81,7 @@ def test_the_main_job_on_a_local_folder(cli, models, family):
 
     code, out, _ = cli(f"info {run}")
     assert code == 0 and "32 → 64 latents" in out and "recipe practical" in out and "metrics" in out
-    code, out, _ = cli(f"evaluate {run} --tokens 1000 --as-json")
+    code, out, _ = cli(f"evaluate {run} --tokens 1000 --json")
     assert code == 0
     again = json.loads(out)
     assert {k: round(again[k], 6) for k in ("l0", "fvu", "ce_sae", "kl")} == {k: round(m[k], 6) for k in ("l0", "fvu", "ce_sae", "kl")}
@@ -90,7 +90,7 @@ def test_the_main_job_on_a_local_folder(cli, models, family):
 
 def test_the_embedded_model_and_options(cli, models):
     text = Path("code.txt"); text.write_text("".join(Path(m.__file__).read_text() for m in (json, shlex, subprocess, random)))
-    code, out, err = cli(f"train --text code.txt --site mlp_out --layer 1 --recipe topk --tokens 4096 --d-sae 32 --l0 4 --context-size 64 --eval-tokens 1000 --seed 3 --quiet --cache kept")
+    code, out, err = cli("train --text code.txt --site mlp_out --layer 1 --recipe topk --tokens 4096 --d-sae 32 --l0 4 --context-size 64 --eval-tokens 1000 --seed 3 --quiet --cache kept")
     assert code == 0, err
     assert out == "runs/embedded-mlp_out.1-32-l0_4-s3\n"
     cfg = json.loads((Path(out.strip())/"cfg.json").read_text())
@@ -285,7 +285,9 @@ def test_resume_is_the_same_training(cli, stop_at):
     Path("runs/a/checkpoint.pt").write_bytes(whole[:len(whole)//2])
     refuses(cli, "train {small} --out runs/a --resume", "truncated or damaged")
     Path("runs/a/checkpoint.pt").write_bytes(whole)
+    Path("runs/a/.checkpoint.pt.4711").write_bytes(whole[:999])                      # what SIGKILL leaves of a checkpoint that was being written
     assert cli("train {small} --out runs/a --resume")[0] == 0
+    assert sorted(p.name for p in Path("runs/a").iterdir()) == written
 
 
 def test_killed_before_the_metrics(cli, run):
@@ -309,3 +311,12 @@ def test_interrupted_in_the_evaluation(cli, monkeypatch):
         code, _, err = cli("train {small} --out runs/a")
     assert code == 130 and "--resume" in err.splitlines()[-1]
     assert cli("train {small} --out runs/a --resume")[0] == 0
+
+
+# ------------------------------------------------------------------------------------------------ what the front page says about it
+def test_the_front_page_measures_the_default_command():
+    "The numbers in README are those of the command with its defaults, and they reach what they are to reach"
+    from _book import root
+    bench = json.loads((root/"bench"/"results"/"train_default.json").read_text(encoding="utf-8"))
+    assert bench["arguments"]["more"] == "" and {"32", "16"} <= bench["results"]["by_l0"].keys(), "python bench/train_default.py --out bench/results/train_default.json && python bench/picture.py"
+    for r in bench["results"]["by_l0"].values(): assert not r["missed"], r["missed"]

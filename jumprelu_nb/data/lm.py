@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.resources import files
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 # %% auto #0
 __all__ = ['kinds', 'pick_device', 'load_pretrained', 'Site', 'find_blocks', 'find_site', 'hook_site', 'capture', 'intervene',
@@ -77,7 +78,9 @@ class Site:
     d_in:int # width of the activations
 
     @property
-    def name(self) -> str: return f"{self.kind}.{self.layer}"
+    def name(self) -> str:
+        "Kind and layer, as in `resid_post.2`."
+        return f"{self.kind}.{self.layer}"
     def __str__(self) -> str: return self.name
 
 # %% ../../nbs/data/01_lm.ipynb #7447c6c0
@@ -128,7 +131,7 @@ def hook_site(
     model:nn.Module, # the language model
     site:Site, # where
     fn:Callable[[Tensor], Tensor|None], # activations → replacement, or None to leave them
-): # a handle with `.remove()`
+) -> RemovableHandle: # call its `.remove()` to end it
     "Call `fn` on the activations at `site` in every forward pass."
     module = model.get_submodule(site.module)
     def before(module, args, kwargs):
@@ -301,7 +304,7 @@ class LanguageModel:
     def intervene(self,
         site:str|Site, # one site
         fn:Callable[[Tensor, Tensor|None], Tensor], # (activations (contexts, positions, d_in), token ids or None) → new activations
-    ): # a context manager
+    ) -> AbstractContextManager: # open it with `with`
         "Replace what passes `site` by `fn` of it."
         return intervene(self.model, self.site(site), fn)
 
@@ -309,7 +312,7 @@ class LanguageModel:
         sae:Any, # anything callable on raw activations (…, d_in), with `d_in` and `metadata` if it has them
         site:str|Site|None=None, # None: `sae.metadata["site"]`
         keep_error:bool=False, # leave the logits unchanged, let gradients pass through the SAE
-    ): # a context manager
+    ) -> AbstractContextManager: # open it with `with`
         "Run the model through an SAE: what passes the site is its reconstruction, except at special tokens."
         site = site or (getattr(sae, "metadata", None) or {}).get("site")
         if site is None: raise ValueError("where to splice? The SAE's metadata names no site, give site=\"resid_post.2\" or the like")

@@ -24,6 +24,7 @@ __all__ = ['Readout', 'compare', 'FidelityStats', 'sample_activations', 'fidelit
 # %% ../../nbs/evaluate/01_fidelity.ipynb #5fa1dc01
 class Readout:
     "A language model cut in two before its last matrix: `hidden` runs the first part, `logits` the second."
+    @torch.no_grad()
     def __init__(self,
         lm:LanguageModel, # the model
     ):
@@ -164,21 +165,17 @@ def _batches(
     return tokens.split(max(1, min(batch_tokens, 2**27 // sae.d_sae) // tokens.shape[1]))
 
 # %% ../../nbs/evaluate/01_fidelity.ipynb #801db14a
-def fidelity(
+@torch.no_grad()
+def _run(
     lm:LanguageModel, # the model
-    sae:SAE, # anything with `encode`, `decode`, `d_in`, `d_sae`
-    tokens:Tensor, # (contexts, positions) ids, e.g. from `pack`
-    site:str|Site|None=None, # default: the one in the SAE's metadata
-    control:SAE|None=None, # another SAE to put through the same, e.g. a `random_control`
-    batch_tokens:int=4096, # positions per forward pass
-) -> dict[str, float]: # ce_clean, ce_sae, ce_zero, ce_mean, kl, kl_zero, kl_mean, delta_ce, loss_recovered_zero, loss_recovered_mean; control_… likewise
-    "Measure what the language model loses with the SAE in its way."
-    site = _site_of(lm, sae, site)
-    return _run(lm, sae, site, tokens, sample_activations(lm, site, tokens).double().mean(0), control, batch_tokens)[0].result()
-
-
-def _run(lm:LanguageModel, sae:SAE, site:Site, tokens:Tensor, mean:Tensor, control:SAE|None, batch_tokens:int) -> tuple[FidelityStats, dict[str, ReconstructionStats]]:
-    "One pass: four forwards per batch, five with a control."
+    sae:SAE, # spliced in
+    site:Site, # where
+    tokens:Tensor, # (contexts, positions) ids
+    mean:Tensor, # (d_in,) for the mean-ablation
+    control:SAE|None, # spliced in as well, in a run of its own
+    batch_tokens:int, # positions per forward pass
+) -> tuple[FidelityStats, dict[str, ReconstructionStats]]: # the latter by "sae" and "control"
+    "Make one pass: four forwards per batch, five with a control."
     readout, rec = Readout(lm), {k: ReconstructionStats(s.d_in, s.d_sae) for k, s in [("sae", sae), ("control", control)] if s is not None}
     def through(name, s):
         def fn(x):
@@ -194,6 +191,20 @@ def _run(lm:LanguageModel, sae:SAE, site:Site, tokens:Tensor, mean:Tensor, contr
     for batch in _batches(tokens, sae, batch_tokens): fid.update(*compare(readout, site, batch, variants))
     return fid, rec
 
+# %% ../../nbs/evaluate/01_fidelity.ipynb #7f11de77
+@torch.no_grad()
+def fidelity(
+    lm:LanguageModel, # the model
+    sae:SAE, # anything with `encode`, `decode`, `d_in`, `d_sae`
+    tokens:Tensor, # (contexts, positions) ids, e.g. from `pack`
+    site:str|Site|None=None, # default: the one in the SAE's metadata
+    control:SAE|None=None, # another SAE to put through the same, e.g. a `random_control`
+    batch_tokens:int=4096, # positions per forward pass
+) -> dict[str, float]: # ce_clean, ce_sae, ce_zero, ce_mean, kl, kl_zero, kl_mean, delta_ce, loss_recovered_zero, loss_recovered_mean; control_… likewise
+    "Measure what the language model loses with the SAE in its way."
+    site = _site_of(lm, sae, site)
+    return _run(lm, sae, site, tokens, sample_activations(lm, site, tokens).double().mean(0), control, batch_tokens)[0].result()
+
 # %% ../../nbs/evaluate/01_fidelity.ipynb #e1e9e041
 @dataclass(repr=False)
 class Evaluation:
@@ -207,9 +218,13 @@ class Evaluation:
         if not name.startswith("_") and name in self.__dict__.get("metrics", {}): return self.metrics[name]
         raise AttributeError(f"no metric {name!r} here, only {', '.join(self.__dict__.get('metrics', {}))}")
 
-    def to_dict(self) -> dict[str, float]: return dict(self.metrics)
+    def to_dict(self) -> dict[str, float]:
+        "All metrics by name, as they stand in metrics.json."
+        return dict(self.metrics)
 
-    def by_position(self, what:str="ce") -> dict[str, Tensor]:
+    def by_position(self,
+        what:str="ce", # or "kl"
+    ) -> dict[str, Tensor]:
         "Name of the variant → (positions,) mean CE (or KL) of the predictions made from each position."
         if self.fidelity is None: raise ValueError("Plain activations have no positions: evaluate with a language model.")
         return {k: v / self.fidelity.count for k, v in zip(self.fidelity.names, getattr(self.fidelity, what))}
@@ -241,6 +256,28 @@ class Evaluation:
         return f"<table><caption style=\"text-align:left\">{escape(self.about)}</caption>{line(head, 'th')}{''.join(line(r, 'td') for r in body)}</table>"
 
 # %% ../../nbs/evaluate/01_fidelity.ipynb #2e699514
+@torch.no_grad()
+def _plain(
+    sae:SAE, # the SAE
+    x:Any, # what `blocks_of` takes
+    tokens:int, # rows, at most
+    control:bool, # also evaluate a random dictionary, fitted on the first block
+    seed:int, # of it
+) -> dict[str, ReconstructionStats]: # by "sae" and "control"
+    "Collect reconstruction metrics alone."
+    rec, random = {}, None
+    for block in blocks_of(x, tokens, max(64, min(4096, 2**27 // sae.d_sae))):
+        if block.shape[-1] != sae.d_in: raise ValueError(f"The SAE reads {sae.d_in} numbers, but these activations have {block.shape[-1]}.")
+        block = block.to(sae.device, sae.dtype)
+        if not rec and control: random = random_control(sae, block, seed)
+        for k, s in [("sae", sae), ("control", random)]:
+            if s is None: continue
+            acts = s.encode(block)
+            rec.setdefault(k, ReconstructionStats(s.d_in, s.d_sae)).update(block, s.decode(acts), acts)
+    if not rec: raise ValueError("There are no activations to evaluate.")
+    return rec
+
+# %% ../../nbs/evaluate/01_fidelity.ipynb #2f654925
 @torch.no_grad()
 def evaluate(
     sae:SAE, # the SAE, in any form
@@ -275,18 +312,3 @@ def evaluate(
     m = rec["sae"].result() | (fid.result() if fid else {})
     if "control" in rec: m |= {f"control_{k}": v for k, v in rec["control"].result().items() if k not in ("tokens", "d_in", "d_sae")}
     return Evaluation(m, f"SAE {sae.d_in} → {sae.d_sae} on {m['tokens']:,} tokens of {name}", rec["sae"].frequency, fid)
-
-
-def _plain(sae:SAE, x:Any, tokens:int, control:bool, seed:int) -> dict[str, ReconstructionStats]:
-    "Reconstruction metrics alone; the control is fitted on the first block."
-    rec, random = {}, None
-    for block in blocks_of(x, tokens, max(64, min(4096, 2**27 // sae.d_sae))):
-        if block.shape[-1] != sae.d_in: raise ValueError(f"The SAE reads {sae.d_in} numbers, but these activations have {block.shape[-1]}.")
-        block = block.to(sae.device, sae.dtype)
-        if not rec and control: random = random_control(sae, block, seed)
-        for k, s in [("sae", sae), ("control", random)]:
-            if s is None: continue
-            acts = s.encode(block)
-            rec.setdefault(k, ReconstructionStats(s.d_in, s.d_sae)).update(block, s.decode(acts), acts)
-    if not rec: raise ValueError("There are no activations to evaluate.")
-    return rec

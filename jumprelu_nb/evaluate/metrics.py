@@ -57,7 +57,9 @@ class ReconstructionStats:
         self.count = torch.zeros(d_sae, dtype=torch.long) # (d_sae,) tokens on which each latent fires
 
     @property
-    def n(self) -> int: return self.x.n # tokens seen
+    def n(self) -> int:
+        "Tokens seen."
+        return self.x.n
 
     @torch.no_grad()
     def update(self,

@@ -65,15 +65,15 @@ class Context:
         return (f'<div dir="ltr" style="white-space:pre;overflow:hidden"><span style="opacity:.6">{self.value:8.3g}  </span>'
                 + "".join(span(i, t, a) for i, (t, a) in enumerate(zip(self.tokens, self.acts))) + "</div>")
 
-
+# %% ../../nbs/interpret/01_latents.ipynb #953d3ec8
 @dataclass(repr=False)
 class Latent:
     "What is known about one latent; prints, and shows itself in a notebook."
-    index: int
+    index: int # which one
     frequency: float # share of tokens on which it fires
     mean: float # over its activations
     std: float # likewise
-    max: float
+    max: float # largest activation seen
     histogram: Tensor # (n_bins,) counts of activations per logarithmic bin
     top: list[Context] # strongest first
     sample: list[Context] # at random
@@ -84,7 +84,9 @@ class Latent:
         if not self.top: return f"latent {self.index} never fires"
         return f"latent {self.index} · fires on {self.frequency:.2%} of tokens · mean {self.mean:.3g} · max {self.max:.3g}"
 
-    def show(self, n:int=8) -> str:
+    def show(self,
+        n:int=8, # contexts
+    ) -> str:
         "A few lines of text for the terminal."
         effects = [f"  {sign} " + " ".join(f"[{visible(t)}]" for t in side) for sign, side in (("↑", self.promoted), ("↓", self.suppressed)) if side]
         return "\n".join([self._head(), *effects, *[f"{c.value:8.3g}  {c}" for c in self.top[:n]]])
@@ -92,7 +94,7 @@ class Latent:
     def __repr__(self) -> str: return self.show()
 
     def _repr_html_(self, n:int=10) -> str:
-        effects = "".join(f"<div>{sign} " + " ".join(f'<code style="white-space:pre">{escape(visible(t))}</code>' for t in side) + "</div>"
+        effects = "".join(f"<div>{sign} " + " ".join(f'<code style="white-space:pre;background:rgba(128,128,128,.15)">{escape(visible(t))}</code>' for t in side) + "</div>"
                           for sign, side in (("↑", self.promoted), ("↓", self.suppressed)) if side)
         return (f'<div style="font-family:monospace;font-size:12px"><b>{escape(self._head())}</b>{effects}' + "".join(c.html(self.max) for c in self.top[:n])
                 + (f'<div style="opacity:.6">at random</div>{"".join(c.html(self.max) for c in self.sample[:n // 2])}' if self.sample else "") + "</div>")
@@ -159,28 +161,63 @@ class LatentStats:
         return self
 
     @property
-    def alive(self) -> Tensor: return self.count > 0 # (d_sae,) bool
+    def alive(self) -> Tensor:
+        "(d_sae,) bool: it has fired."
+        return self.count > 0
     @property
-    def frequency(self) -> Tensor: return self.count.double() / max(self.tokens, 1) # (d_sae,) share of tokens on which each latent fires
+    def frequency(self) -> Tensor:
+        "(d_sae,) share of tokens on which each latent fires."
+        return self.count.double() / max(self.tokens, 1)
     @property
-    def mean(self) -> Tensor: return self.sum / self.count # (d_sae,) over its activations; NaN for a dead latent
+    def mean(self) -> Tensor:
+        "(d_sae,) mean of its activations where it fires; NaN for a dead latent."
+        return self.sum / self.count
     @property
-    def std(self) -> Tensor: return (self.sum_sq / self.count - self.mean**2).clamp_min(0).sqrt() # (d_sae,) likewise
+    def std(self) -> Tensor:
+        "(d_sae,) standard deviation of the same."
+        return (self.sum_sq / self.count - self.mean**2).clamp_min(0).sqrt()
     @property
-    def max(self) -> Tensor: return self.top.key[:, 0].clamp_min(0).float() # (d_sae,)
+    def max(self) -> Tensor:
+        "(d_sae,) largest activation, by magnitude; 0 for a dead latent."
+        return self.top.key[:, 0].clamp_min(0).float()
 
-    def quantile(self, q:float) -> Tensor: # (d_sae,) the q-quantile of its activations, to 9 %
+    def quantile(self,
+        q:float, # 0 to 1
+    ) -> Tensor: # (d_sae,)
+        "Read a quantile of each latent's activations off the histogram, to 9 %."
         return bin_middle((self.hist.cumsum(1) < (q * self.count)[:, None]).sum(1).clamp_max(n_bins - 1))
 
     @staticmethod
-    def collect(sae:SAE, lm:LanguageModel|str|None=None, text:Any="stdlib", split:str|None="train", tokens:int=200_000, **kw) -> LatentStats:
-        "See `collect`."
-        return collect(sae, lm, text, split, tokens, **kw)
+    def collect(
+        sae:SAE, # the SAE
+        lm:LanguageModel|str|None=None, # the model or its name; default: the one in the SAE's metadata
+        text:Any="stdlib", # text source, as for `texts`
+        split:str|None="train", # side of the source
+        tokens:int=200_000, # positions to read
+        **options, # more of `collect`: top_k, sample, window, site, context_size, effects, batch_tokens, seed
+    ) -> LatentStats:
+        "Collect the statistics of every latent in one pass over text."
+        return collect(sae, lm, text, split, tokens, **options)
 
-    def interesting(self, n:int=5, seed:int=0) -> list[int]: return interesting(self, n, seed)
-    def save(self, folder:str|Path) -> Path: return save_stats(self, folder)
+    def interesting(self,
+        n:int=5, # how many
+        seed:int=0, # of the draw
+    ) -> list[int]: # latents, the most selective first
+        "Draw some latents worth showing."
+        return interesting(self, n, seed)
+
+    def save(self,
+        folder:str|Path, # made if missing
+    ) -> Path: # the file
+        "Write `latents.safetensors`."
+        return save_stats(self, folder)
+
     @staticmethod
-    def load(folder:str|Path) -> LatentStats: return load_stats(folder)
+    def load(
+        folder:str|Path, # holds `latents.safetensors`
+    ) -> LatentStats: # on the CPU
+        "Read what `save` wrote."
+        return load_stats(folder)
 
     def __len__(self) -> int: return self.d_sae
     def __repr__(self) -> str:
@@ -240,7 +277,7 @@ def _documents(
     docs = list(texts(text, split))
     return [docs[i] for i in torch.randperm(len(docs), generator=torch.Generator().manual_seed(seed)).tolist()]
 
-
+# %% ../../nbs/interpret/01_latents.ipynb #151ef7a4
 @torch.no_grad()
 def collect(
     sae:SAE, # the SAE

@@ -69,7 +69,7 @@ class Best:
         groups:int, # number of groups
         k:int, # entries per group
         width:int, # tokens per window
-        device:torch.device|str="cpu",
+        device:torch.device|str="cpu", # where it lives
     ):
         self.key = torch.full((groups, k), -1., dtype=torch.float64, device=device) # −1: empty
         self.value = torch.zeros(groups, k, device=device) # activation at the centre
@@ -98,8 +98,12 @@ class Best:
         kept, rank = best_of(row, both["key"], both["position"], both["mark"], k)
         for f in self.fields: getattr(self, f)[touched[row[kept]], rank] = both[f][kept]    # a group never shrinks, so every old slot is overwritten
 
-    def merge(self, other:Best) -> None:
+    def merge(self,
+        other:Best, # for the same groups
+    ) -> None:
         "Let another one's entries in."
+        if len(self.key) != len(other.key) or self.tokens.shape[2] != other.tokens.shape[2]:
+            raise ValueError(f"Stores of {tuple(self.tokens.shape)} and {tuple(other.tokens.shape)} (groups, entries, window) cannot be merged: only the number of entries may differ.")
         full = other.key >= 0
         e = {f: getattr(other, f)[full].to(self.key.device) for f in self.fields}
         self.offer(full.nonzero()[:, 0].to(self.key.device), e["key"], e["value"], e["position"], e["mark"], lambda at: (e["tokens"][at], e["acts"][at]))
@@ -116,7 +120,7 @@ def scramble(
 
 def random_keys(
     *ids:Tensor, # (n,) int64 that identify an entry together
-    seed:int=0,
+    seed:int=0, # another seed, other numbers
 ) -> Tensor: # (n,) float64 in [0, 1)
     "Give every entry a random number of its own."
     x = scramble(torch.full_like(ids[0], seed + 1))

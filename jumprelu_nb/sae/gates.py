@@ -23,7 +23,11 @@ class Gate(nn.Module):
         super().__init__()
         self.d_sae = d_sae
 
-    def forward(self, z:Tensor) -> Tensor: raise TypeError(f"{type(self).__name__} defines no forward: a gate maps (..., d_sae) pre-activations to activations.")
+    def forward(self,
+        z:Tensor, # (..., d_sae) pre-activations
+    ) -> Tensor: # (..., d_sae) activations
+        "Apply the gate."
+        raise TypeError(f"{type(self).__name__} defines no forward: a gate maps (..., d_sae) pre-activations to activations.")
 
     def inference_threshold(self) -> Tensor|None:
         "The (d_sae,) thresholds with which a JumpReLU computes the same function, or None where no constant ones do."
@@ -103,8 +107,10 @@ class JumpReLUGate(Gate):
 
     def forward(self, z:Tensor) -> Tensor: return jumprelu(z, self.threshold, self.bandwidth, self.kernel, self.ste_to_input)
 
-    def step(self, z:Tensor) -> Tensor:
-        "H(z − θ), (..., d_sae): 1 where a latent is active, with the straight-through gradient of the L0 penalty."
+    def step(self,
+        z:Tensor, # (..., d_sae) pre-activations
+    ) -> Tensor: # (..., d_sae) 0 or 1
+        "H(z − θ): 1 where a latent is active, with the straight-through gradient of the L0 penalty."
         return heaviside(z, self.threshold, self.bandwidth, self.kernel, self.ste_to_input)
 
     def inference_threshold(self) -> Tensor: return self.threshold.detach().clamp_min(0)

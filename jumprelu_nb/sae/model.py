@@ -44,25 +44,37 @@ class SAE(nn.Module):
         self.register_buffer("scale", torch.tensor(float(scale)))
 
     # -- the training form, on u = x/scale ---------------------------------------------------------------------------------------
-    def pre_acts(self, u:Tensor) -> Tensor:
-        "(..., d_in) scaled activations → (..., d_sae) pre-activations z = (u − b_dec·[pre_encoder_bias]) W_enc + b_enc."
+    def pre_acts(self,
+        u:Tensor, # (..., d_in) scaled activations
+    ) -> Tensor: # (..., d_sae) z
+        "Compute the pre-activations z = (u − b_dec·[pre_encoder_bias]) W_enc + b_enc."
         return u @ self.W_enc + (self.b_enc - self.b_dec @ self.W_enc if self.pre_encoder_bias else self.b_enc)  # b_dec's gradient is then a vector-matrix product
 
-    def reconstruct(self, f:Tensor) -> Tensor:
-        "(..., d_sae) gate outputs → (..., d_in) scaled reconstruction."
+    def reconstruct(self,
+        f:Tensor, # (..., d_sae) gate outputs
+    ) -> Tensor: # (..., d_in) scaled reconstruction
+        "Compute f W_dec + b_dec."
         return f @ self.W_dec + self.b_dec
 
     # -- the public form, on raw activations -------------------------------------------------------------------------------------
-    def encode(self, x:Tensor) -> Tensor:
-        "(..., d_in) raw activations → (..., d_sae) latent activations, in the units of x."
+    def encode(self,
+        x:Tensor, # (..., d_in) raw activations
+    ) -> Tensor: # (..., d_sae) latent activations, in the units of x
+        "Encode raw activations."
         if x.shape[-1] != self.d_in: raise ValueError(f"This SAE reads activations of width {self.d_in}, got {x.shape[-1]}: is it the right site of the right model?")
         return self.gate(self.pre_acts(x.to(self.dtype) / self.scale.to(self.dtype))) * self.scale.to(self.dtype)
 
-    def decode(self, acts:Tensor) -> Tensor:
-        "(..., d_sae) latent activations → (..., d_in) raw reconstruction."
+    def decode(self,
+        acts:Tensor, # (..., d_sae) latent activations, in the units of x
+    ) -> Tensor: # (..., d_in) raw reconstruction
+        "Decode latent activations."
         return acts @ self.W_dec + self.b_dec * self.scale.to(self.dtype)
 
-    def forward(self, x:Tensor) -> Tensor: return self.decode(self.encode(x))
+    def forward(self,
+        x:Tensor, # (..., d_in) raw activations
+    ) -> Tensor: # (..., d_in) raw reconstruction
+        "Encode and decode."
+        return self.decode(self.encode(x))
 
     # -- initialisation and constraint -------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -104,10 +116,25 @@ class SAE(nn.Module):
 
     def extra_repr(self) -> str: return f"d_in={self.d_in}, d_sae={self.d_sae}" + (f", site={self.metadata['site']}" if "site" in self.metadata else "")
 
-    def fold(self, calibrate:Tensor|None=None) -> SAE: return fold(self, calibrate)
-    def save(self, folder:str|Path) -> Path: return save(self, folder)
+    def fold(self,
+        calibrate:Tensor|None=None, # (tokens, d_in) raw activations, for gates without constant thresholds
+    ) -> SAE: # inference form
+        "Fold everything that is special about training into the weights: see `fold`."
+        return fold(self, calibrate)
+
+    def save(self,
+        folder:str|Path, # made if missing
+    ) -> Path: # the folder
+        "Write `sae_weights.safetensors` and `cfg.json`: see `save`."
+        return save(self, folder)
+
     @staticmethod
-    def load(folder:str|Path, device:str|torch.device|None=None) -> SAE: return load(folder, device)
+    def load(
+        folder:str|Path, # what `save` wrote
+        device:str|torch.device|None=None, # CPU if not given
+    ) -> SAE: # inference form
+        "Read a saved SAE: see `load`."
+        return load(folder, device)
 
 # %% ../../nbs/sae/02_model.ipynb #7e8ffc37
 @torch.no_grad()

@@ -69,7 +69,11 @@ class Objective:
         "The term to add to the loss."
         return 0.
 
-    def adjust_grads_(self, sae:SAE, z:Tensor) -> None: "Change gradients after the backward pass."
+    def adjust_grads_(self,
+        sae:SAE, # with the gradients of the loss
+        z:Tensor, # (batch, d_sae) pre-activations
+    ) -> None:
+        "Change gradients after the backward pass."
 
     def after_step_(self,
         sae:SAE, # after the optimizer step and the projections
@@ -79,7 +83,9 @@ class Objective:
 
     def state_dict(self) -> dict: return {k: getattr(self, k) for k in self.state}
     def load_state_dict(self, d:dict) -> None:
-        for k in self.state: setattr(self, k, d[k])
+        for k in self.state:
+            if k not in d: raise ValueError(f"This state belongs to another objective: it has no {k!r}, which {type(self).__name__} needs.")
+            setattr(self, k, d[k])
 
 # %% ../../nbs/sae/03_objectives.ipynb #c0c68f5e
 class _Penalised(Objective):

@@ -136,7 +136,7 @@ def peak_memory_mb() -> float|None: # megabytes, None where the system does not 
 
 def run_metrics(
     measured:dict[str, float], # from `evaluate(…).to_dict()`
-    sae:SAE, # with the metadata that `train` gave it
+    sae:Any, # an SAE with the metadata that `train` gave it
     **more, # further entries
 ) -> dict[str, Any]: # what metrics.json holds
     "Put together what was measured, what it cost and what it was."
@@ -190,6 +190,7 @@ def train_command(
     if not quiet: print(f"{lm.name} · {at.name} · {at.d_in} → {d_sae} latents · {chosen.name}" + (f" · L0 {chosen.l0:g}" if chosen.l0 else "") + f" · {tokens:,} tokens · {out}", flush=True)
     made = [p for p in (out, *out.parents) if not p.exists()]
     try:
+        _sweep(out)
         train(lm, at, chosen, d_sae, None, tokens, out, seed, text, resume=resume, progress=not quiet and sys.stderr.isatty(), track=track, checkpoint_seconds=checkpoint_seconds, cache=cache)
         sae = SAE.load(out, lm.device)                   # what is on disk is what is judged
         _same_run(sae, out, dict(model_name=lm.name, site=at.name, text=text, seed=seed, recipe=chosen.to_dict()), d_sae)
@@ -221,6 +222,12 @@ def _refuse(out:Path, resume:bool) -> str:
     if state == "finished": raise FileExistsError(f"{out} holds a finished run, which is not overwritten: choose another --out.")
     what = "an interrupted run" if state == "interrupted" else "a trained SAE without its evaluation"
     raise FileExistsError(f"{out} holds {what}: pass --resume to go on, or choose another --out.")
+
+
+def _sweep(out:Path) -> None:
+    "Remove what a killed process was writing."
+    names = "checkpoint.pt", "log.jsonl", "sae_weights.safetensors", "cfg.json", "metrics.json", "writable"
+    for p in [p for name in names for p in out.glob(f".{name}.*")]: p.unlink(missing_ok=True)
 
 
 def _check_text(lm:LanguageModel, text:str) -> None:
@@ -268,7 +275,7 @@ def evaluate_command(
     tokens:int=100_000, # number of tokens to read
     device:str="auto", # auto, cpu, cuda, cuda:1, mps, …
     seed:int=0, # random seed of the dictionary to compare with
-    as_json:bool=False, # print JSON with the names of metrics.json
+    json_:bool=False, # print JSON with the names of metrics.json
 ) -> None:
     "Evaluate a saved SAE on validation text."
     from jumprelu_nb.data.lm import LanguageModel
@@ -280,7 +287,7 @@ def evaluate_command(
         if not (given or about.get(name)): raise ValueError(f"{dir} does not say on which {flag} it was trained: give --{flag}.")
     text = text or (about["text"] if about.get("text") not in (None, "given") else "stdlib")
     found = evaluate(sae.to(device), LanguageModel.load(model or about["model_name"], device), text, tokens=tokens, site=site, seed=seed)
-    print(json.dumps({k: v if math.isfinite(v) else None for k, v in found.to_dict().items()}, indent=1) if as_json else found)
+    print(json.dumps({k: v if math.isfinite(v) else None for k, v in found.to_dict().items()}, indent=1) if json_ else found)
 
 # %% ../../nbs/share/02_cli.ipynb #f7d8b156
 @app.command("info")

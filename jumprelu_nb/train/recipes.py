@@ -20,7 +20,7 @@ __all__ = ['OBJECTIVES', 'RECIPES', 'Recipe', 'get_recipe', 'duration', 'lr_fact
 @dataclass(frozen=True)
 class Recipe:
     "All choices of a training, at the scale E‖u‖² = 1. Durations are shares of the training up to 1 and tokens beyond."
-    name: str
+    name: str                             # how it is called
     source: str = ""                      # where the values come from
     gate: str = "jumprelu"                # a key of `GATES`
     objective: str = "balanced"           # balanced, l0_target, l0, l1 or none
@@ -49,8 +49,8 @@ class Recipe:
     batch_size: int = 2048                # tokens per step
     lr: float|None = None                 # of weights and biases; None: .17 √(batch/2048) / √d_in
     lr_threshold: float = .03             # of θ, or of ln θ
-    betas: tuple[float, float] = (.9, .99)
-    eps: float = 1e-8
+    betas: tuple[float, float] = (.9, .99) # Adam's decay rates of the first and second moment
+    eps: float = 1e-8                     # Adam's
     grad_clip: float|None = None          # on the norm of all gradients except the thresholds'
     warmup: float = .05                   # duration of the rise of both learning rates
     warmup_start: float = 0.              # share of the learning rate at the start of the rise
@@ -70,8 +70,10 @@ class Recipe:
         if isinstance(fields.get("betas"), list): fields["betas"] = tuple(fields["betas"])
         return _check(dataclasses.replace(self, **fields))
 
-    def diff(self, other:Recipe) -> dict[str, tuple]:
-        "The fields in which two recipes differ: name → (mine, the other's)."
+    def diff(self,
+        other:Recipe, # to compare with
+    ) -> dict[str, tuple]: # name → (mine, the other's)
+        "The fields in which two recipes differ."
         a, b = self.to_dict(), other.to_dict()
         return {k: (a[k], b[k]) for k in a if a[k] != b[k] and k not in ("name", "source")}
 

@@ -69,7 +69,9 @@ class Trainer:
         self.start_threshold = None if t is None else t.clone()
 
     @property
-    def progress(self) -> float: return min(1., self.step_no / self.steps)
+    def progress(self) -> float:
+        "Share of the training that is done."
+        return min(1., self.step_no / self.steps)
 
     def step(self,
         x:Tensor, # (batch, d_in) raw activations
@@ -279,7 +281,7 @@ def train(
         (out/"checkpoint.pt").unlink(missing_ok=True)
     return Run(sae, log, recipe, out)
 
-
+# %% ../../nbs/train/01_trainer.ipynb #753b7ba6
 def _finish(trainer:Trainer, recipe:Recipe, metadata:dict) -> SAE:
     "Scale the thresholds to the wanted L0 on training tokens, and fold."
     sae = trainer.sae
