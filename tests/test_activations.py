@@ -1,5 +1,5 @@
 "Text, store and activations under hostile input, interruption and restarts."
-import json, os, random, subprocess, sys, warnings
+import json, os, random, subprocess, sys
 from itertools import islice
 from pathlib import Path
 import numpy as np, pytest, torch

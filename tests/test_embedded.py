@@ -1,4 +1,4 @@
-"The embedded language model is the file it claims to be, its text is split by path alone, and the code that made it still runs."
+"The embedded language model is the file it claims to be, its text is split by path alone, and the code that makes such models still runs."
 import hashlib, json, sys, sysconfig
 from pathlib import Path
 import pytest, torch, transformers
@@ -33,7 +33,9 @@ def test_log_and_manifest_tell_one_story():
     log, m = E.training_log(), E.manifest()
     last = log["log"][-1]
     assert m["training"]["tokens"] == last["tokens"] and m["corpus"]["sha256"] == log["corpus_sha256"]
-    assert [r["tokens"] for r in log["log"]] == sorted(r["tokens"] for r in log["log"])
+    for k in ("stage", "tokens", "step", "cpu_s"): assert [r[k] for r in log["log"]] == sorted(r[k] for r in log["log"]), k
+    assert {r["stage"] for r in log["log"]} == {1, 2} and log["first_train_tokens"] < log["train_tokens"]
+    assert m["figures"]["validation_loss"] == pytest.approx(last["val"], abs=.02)  # the weights are those of the last record
 
 
 def test_loss_is_the_manifests(model, tokenizer):
@@ -110,6 +112,7 @@ def test_distributions_that_strip_things(monkeypatch, tmp_path):
 
 
 # ---------------------------------------------------------------- the trainer
+TRAIN = P.train_embedded
 TINY = dict(steps=40, layers=1, d_model=32, heads=2, vocab=280, context=32, batch=4, evals=2)
 TEXTS = ([f"def f{i}(self, x):\n    return self.value + x * {i}\n" * 8 for i in range(20)], ["def g(self, x):\n    return self.value * x\n" * 8] * 3)
 
@@ -126,9 +129,37 @@ def test_training_is_deterministic_and_learns(tmp_path):
     assert json.loads((tmp_path / "a" / "train_log.json").read_text())["args"]["steps"] == 40
 
 
+def test_two_stages_and_one(tmp_path):
+    seen = []
+    two = P.train_embedded(tmp_path / "two", texts=TEXTS, report=seen.append, **TINY)["log"]
+    assert [(r["stage"], r["step"], r["tokens"]) for r in two] == [(s, n, n*4*32) for s, n in ((1, 0), (1, 20), (1, 40), (2, 40), (2, 60), (2, 80))]
+    assert seen[1:] == two and two[2]["val"] == two[3]["val"] and two[3]["train"] is None and two[-1]["cpu_s"] >= two[2]["cpu_s"]
+    one = P.train_embedded(tmp_path / "one", first_minutes=0, texts=TEXTS, **TINY)
+    assert [(r["stage"], r["step"]) for r in one["log"]] == [(1, 0), (1, 20), (1, 40)]
+    assert "--first-minutes 0" in E.manifest(tmp_path / "one")["training"]["command"]
+
+
 def test_time_budget_ends_training(tmp_path):
-    log = P.train_embedded(tmp_path, minutes=.02, texts=TEXTS, **{**TINY, "steps": None})
-    assert 1 <= log["log"][-1]["step"] and log["log"][-1]["cpu_s"] >= 1.2
+    log = P.train_embedded(tmp_path, first_minutes=.01, minutes=.01, texts=TEXTS, **{**TINY, "steps": None})
+    assert 2 <= log["log"][-1]["step"] and log["log"][-1]["cpu_s"] >= 1.2
+
+
+def test_second_stage_adds_the_tests_and_keeps_the_tokenizer(tmp_path, monkeypatch):
+    library, suites = TEXTS[0], ["class T(TestCase):\n    def test(self): self.assertEqual(1, 1)\n" * 8] * 5
+    monkeypatch.setattr(P, "stdlib_texts", lambda split, tests=False: iter(TEXTS[1] if split == "validation" else library + suites * tests))
+    log = P.train_embedded(tmp_path, **TINY)
+    tok = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tok.get_vocab() == P.train_tokenizer(library, 280).get_vocab() and log["first_train_tokens"] == len(E.token_stream(tok, library))
+    assert log["train_tokens"] == len(E.token_stream(tok, library + suites)) and log["corpus_sha256"] == E.corpus_sha256(library + suites, TEXTS[1])
+    assert log["first_corpus_sha256"] == E.corpus_sha256(library, TEXTS[1])
+
+
+def test_command_passes_every_argument(monkeypatch, tmp_path):
+    got = {}
+    monkeypatch.setattr(P, "train_embedded", lambda **kw: got.update(kw))
+    P.main(["--out", str(tmp_path)])
+    usual = {k: p.default for k, p in P.signature(TRAIN).parameters.items() if k not in ("out", "texts", "report")}
+    assert {k: v for k, v in got.items() if k not in ("out", "report")} == usual
 
 
 @pytest.mark.parametrize("wrong, message", [(dict(steps=0), "positive"), (dict(vocab=100), "257"), (dict(texts=(["x"], ["y = 1\n" * 200])), "training text"),

@@ -74,6 +74,7 @@ def neox(
 # %% ../../nbs/data/02b_pretrain.ipynb #57758672
 def make_optimizers(
     model, # from `neox`
+    scale:float=1., # multiplies both learning rates
     lr:float=3e-3, # of AdamW, for embeddings, norms and biases
     muon_lr:float=.02, # of Muon, for the matrices inside the blocks
 ) -> list[torch.optim.Optimizer]: # Muon, AdamW
@@ -81,8 +82,8 @@ def make_optimizers(
     if not hasattr(torch.optim, "Muon"): raise RuntimeError("Training a language model here needs torch 2.9 or newer (torch.optim.Muon); using the embedded one does not.")
     named = list(model.named_parameters())
     hidden = lambda name, p: p.ndim == 2 and ".layers." in name  # not by the embeddings' names: transformers renamed one of them
-    return [torch.optim.Muon([p for n, p in named if hidden(n, p)], lr=muon_lr, momentum=.95, weight_decay=.01, ns_steps=4, adjust_lr_fn=None),
-            torch.optim.AdamW([p for n, p in named if not hidden(n, p)], lr=lr, betas=(.9, .95), weight_decay=0., fused=True)]
+    return [torch.optim.Muon([p for n, p in named if hidden(n, p)], lr=scale*muon_lr, momentum=.95, weight_decay=.01, ns_steps=4, adjust_lr_fn=None),
+            torch.optim.AdamW([p for n, p in named if not hidden(n, p)], lr=scale*lr, betas=(.9, .95), weight_decay=0., fused=True)]
 
 # %% ../../nbs/data/02b_pretrain.ipynb #2b64619e
 def sample_batch(
@@ -90,10 +91,12 @@ def sample_batch(
     context:int, # tokens per window
     batch:int, # windows
     generator:torch.Generator, # where the windows come from
-) -> Tensor: # (batch, context), BOS first; the first window repeats its first half
+    plain:bool=False, # leave them as they fall
+) -> Tensor: # (batch, context); unless plain, BOS first, and the first window repeats its first half
     "Draw windows from a stream."
     starts = torch.randint(0, len(stream) - context, (batch,), generator=generator)
     x, h = torch.stack([stream[i:i+context] for i in starts]), context // 2
+    if plain: return x
     x[0, h:] = x[0, 1:1+context-h].clone()
     x[:, 0] = 0
     return x
@@ -102,7 +105,7 @@ def sample_batch(
 class Budget:
     "Count the share of a time budget, or of a number of steps, that is used up."
     def __init__(self,
-        minutes:float=60, # processor minutes per thread
+        minutes:float=40, # processor minutes per thread
         wall_minutes:float=math.inf, # wall-clock minutes; whichever runs out first
         threads:int=1, # threads that compute
         steps:int|None=None, # count steps instead, and ignore the time
@@ -144,27 +147,32 @@ def fit(
     budget:Budget, # when to stop
     optimizers:list[torch.optim.Optimizer], # from `make_optimizers`
     batch:int=16, # windows per step
-    evals:int=30, # evaluations, besides the one at the start
+    evals:int=20, # evaluations, besides the one at the start
     seed:int=1, # of the order of the windows
     report:Callable[[dict], Any]=lambda record: None, # called with every record
+    plain:bool=False, # windows as they fall, see `sample_batch`
+    dtype:torch.dtype=torch.bfloat16, # of the forward pass
+    past:dict|None=None, # last record of the stage before, from which the counts go on
 ) -> list[dict]: # one record per evaluation
     "Train until the budget is used up."
     context, generator = windows.shape[1], torch.Generator().manual_seed(seed)
     if len(train) <= context: raise ValueError(f"The training text has {len(train)} tokens, not more than one window of {context}: give more text or a shorter context.")
     peaks = [[g["lr"] for g in o.param_groups] for o in optimizers]
+    past = past or dict(stage=0, cpu_s=0., wall_s=0., step=0, tokens=0)
     log, step, due, mean = [], 0, 0., None
     while True:
         (cpu, wall), used = budget.seconds(), budget.used(step)
         if used >= due or used >= 1:
             with budget.paused(): scores = measure(model, windows)
-            log.append(dict(cpu_s=round(cpu, 1), wall_s=round(wall, 1), step=step, tokens=step*batch*context, train=mean, **scores))
+            log.append(dict(stage=past["stage"] + 1, cpu_s=round(past["cpu_s"] + cpu, 1), wall_s=round(past["wall_s"] + wall, 1),
+                            step=past["step"] + step, tokens=past["tokens"] + step*batch*context, train=mean, **scores))
             report(log[-1])
             due += 1/evals
         if used >= 1: return log
         for o, peak in zip(optimizers, peaks):
             for group, lr in zip(o.param_groups, peak): group["lr"] = lr * lr_factor(step, used)
-        x = sample_batch(train, context, batch, generator)
-        with torch.autocast("cpu", dtype=torch.bfloat16): logits = model(x).logits
+        x = sample_batch(train, context, batch, generator, plain)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16): logits = model(x).logits
         loss = next_token_loss(logits.float(), x).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
@@ -176,8 +184,8 @@ def fit(
 # %% ../../nbs/data/02b_pretrain.ipynb #7a0ce66a
 LICENSE_NOTE = """# Licence of the embedded language model
 
-The weights and the tokenizer in this folder were made by the jumprelu_nb project with `{command}`
-and are published under the project's own licence, Apache-2.0.
+The weights and the tokenizer in this folder were made by the jumprelu_nb project by the recipe that `{command}`
+repeats (train_log.json says what was done otherwise, if anything), and are published under the project's own licence, Apache-2.0.
 
 They were trained on the source text of Python's standard library (with its test suites) and on the language reference in `pydoc_data`,
 copyright the Python Software Foundation, published under the PSF licence version 2 (https://docs.python.org/3/license.html).
@@ -228,18 +236,20 @@ def write_manifest(
     (folder / "manifest.json").write_text(json.dumps(m, indent=1) + "\n", "utf8")
     return m
 
-# %% ../../nbs/data/02b_pretrain.ipynb #2083aa3f
+# %% ../../nbs/data/02b_pretrain.ipynb #06701c25
 def train_embedded(
     out:str|Path, # folder to write
-    minutes:float=60, # processor minutes per thread
+    first_minutes:float=40, # processor minutes per thread of the first stage; 0 to have one stage, the second, at full rates
+    minutes:float=40, # of the second stage
     threads:int=1,
     *,
-    wall_minutes:float=math.inf, # wall-clock minutes at most
-    steps:int|None=None, # train for so many steps, whatever time they take
-    texts:tuple[Sequence[str], Sequence[str]]|None=None, # training and held-out texts; by default the standard library
-    tests:bool=True, # the library's test suites join the training text
+    wall_minutes:float=math.inf, # wall-clock minutes at most, of each stage
+    steps:int|None=None, # train for so many steps in each stage, whatever time they take
+    texts:tuple[Sequence[str], Sequence[str]]|None=None, # training texts, of both stages, and held-out texts; by default the standard library
+    tests:bool=True, # the library's test suites join the training text of the second stage
+    second_lr:float=.5, # learning rates of the second stage, relative to the first
     layers:int=4, d_model:int=128, heads:int=4, vocab:int=2048, context:int=128, batch:int=16, # as in `neox`, `sample_batch`
-    evals:int=30, # evaluations
+    evals:int=20, # evaluations in each stage
     seed:int=0, # of the weights; the windows are drawn with the next one
     report:Callable[[dict], Any]=lambda record: None, # called with every record of the log
 ) -> dict: # the log, as in train_log.json
@@ -248,16 +258,23 @@ def train_embedded(
     out, threads_before = Path(out), torch.get_num_threads()
     out.mkdir(parents=True, exist_ok=True)
     train, validation = texts or (list(stdlib_texts("train", tests)), list(stdlib_texts("validation")))
-    tokenizer = train_tokenizer(train, vocab)
-    stream, held_out = token_stream(tokenizer, train), token_stream(tokenizer, validation)
+    first = texts[0] if texts else list(stdlib_texts("train"))
+    tokenizer = train_tokenizer(first, vocab)
+    library, stream, held_out = (token_stream(tokenizer, t) for t in (first, train, validation))
     unigram, bigram = count_baselines(stream, held_out, vocab)
-    log = dict(args=args, python=platform.python_version(), torch=torch.__version__, corpus_sha256=corpus_sha256(train, validation),
-               train_tokens=len(stream), validation_tokens=len(held_out), unigram=unigram, bigram=bigram)
+    log = dict(args=args, python=platform.python_version(), torch=torch.__version__, corpus_sha256=corpus_sha256(train, validation), first_corpus_sha256=corpus_sha256(first, validation),
+               train_tokens=len(stream), first_train_tokens=len(library), validation_tokens=len(held_out), unigram=unigram, bigram=bigram)
     report(log)
+    log["log"], windows = [], validation_windows(held_out, context)
     torch.set_num_threads(threads)
     try:
         model = neox(vocab, layers, d_model, heads, context, seed)
-        log["log"] = fit(model, stream, validation_windows(held_out, context), Budget(minutes, wall_minutes, threads, steps), make_optimizers(model), batch, evals, seed + 1, report)
+        if first_minutes:
+            budget = Budget(first_minutes, wall_minutes, threads, steps)
+            log["log"] += fit(model, library, windows, budget, make_optimizers(model), batch, evals, seed + 1, report, plain=True, dtype=torch.float32)
+        past, scale = (log["log"][-1], second_lr) if first_minutes else (None, 1.)
+        budget = Budget(minutes, wall_minutes, threads, steps)
+        log["log"] += fit(model, stream, windows, budget, make_optimizers(model, scale), batch, evals, seed + 1, report, past=past)
     finally: torch.set_num_threads(threads_before)
     tokenizer.save_pretrained(out)
     model.to(torch.bfloat16).save_pretrained(out)
@@ -273,11 +290,13 @@ def main(
     import argparse
     p = argparse.ArgumentParser(prog="python -m jumprelu_nb.data.pretrain", description="Train a small language model on the standard library of the running Python.")
     p.add_argument("--out", required=True, type=Path, help="folder to write")
-    p.add_argument("--minutes", type=float, default=60, help="processor minutes per thread (default 60)")
-    p.add_argument("--wall-minutes", type=float, default=math.inf, help="wall-clock minutes at most")
-    for name, default in dict(threads=1, layers=4, d_model=128, heads=4, vocab=2048, context=128, batch=16, evals=30, seed=0).items():
+    p.add_argument("--first-minutes", type=float, default=40, help="processor minutes per thread of the first stage, 0 to leave it out (default 40)")
+    p.add_argument("--minutes", type=float, default=40, help="processor minutes per thread of the second stage (default 40)")
+    p.add_argument("--wall-minutes", type=float, default=math.inf, help="wall-clock minutes at most, of each stage")
+    p.add_argument("--second-lr", type=float, default=.5, help="learning rates of the second stage, relative to the first (default 0.5)")
+    for name, default in dict(threads=1, layers=4, d_model=128, heads=4, vocab=2048, context=128, batch=16, evals=20, seed=0).items():
         p.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
-    p.add_argument("--steps", type=int, help="train for so many steps instead")
+    p.add_argument("--steps", type=int, help="train for so many steps in each stage instead")
     p.add_argument("--no-tests", dest="tests", action="store_false", help="leave the library's test suites out of the training text")
     p.add_argument("--manifest-only", action="store_true", help="do not train: write the manifest of the model already in the folder")
     a = vars(p.parse_args(argv))

@@ -164,7 +164,7 @@ def fold(
         z = sae.pre_acts(calibrate.to(sae.dtype) / C)
         theta = torch.full((sae.d_sae,), threshold_for_l0(z, (sae.gate(z) != 0).sum(-1).float().mean().item()))
     gate = sae.gate if theta is None else JumpReLUGate(sae.d_sae)
-    norm = torch.ones_like(sae.b_enc) if theta is None else sae.W_dec.norm(dim=-1).clamp_min(1e-12)
+    norm = torch.ones_like(sae.b_enc) if theta is None or sae.decoder_norm == "unit" else sae.W_dec.norm(dim=-1).clamp_min(1e-12)
     out = SAE(sae.d_in, sae.d_sae, make_gate(gate.config(), sae.d_sae), metadata=sae.metadata, decoder_norm="unit" if theta is not None else sae.decoder_norm)
     out = out.to(sae.device, sae.dtype)
     shift = sae.b_dec @ sae.W_enc if sae.pre_encoder_bias else torch.zeros_like(sae.b_enc)
@@ -236,4 +236,5 @@ def load(
     with torch.no_grad():
         for k in ("W_enc", "b_enc", "W_dec", "b_dec"): getattr(sae, k).copy_(t[k])
         if arch == "jumprelu": sae.gate.set_threshold_(t["threshold"].clamp_min(0))
+        if (sae.W_dec.float().norm(dim=-1) - 1).abs().max() < 1e-3: sae.decoder_norm = "unit"
     return sae.to(device or "cpu").requires_grad_(False).eval()

@@ -40,7 +40,7 @@ def with_help(
     hints, params = get_type_hints(fn), []
     for p in inspect.signature(fn).parameters.values():
         text, flag = said.get(p.name, ""), "--" + p.name.strip("_").replace("_", "-")
-        if p.default is p.empty: info = typer.Argument(..., help=text)
+        if p.default is p.empty: info = typer.Argument(..., help=text, metavar=p.name.upper())
         else: info = typer.Option(p.default, flag, help=text, hidden=text.startswith("(hidden)"), show_default=p.default not in (None, False),
                                   metavar="FIELD=VALUE" if hints[p.name] == list[str] | None else None)
         params.append(p.replace(default=info, annotation=hints[p.name]))

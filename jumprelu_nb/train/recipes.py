@@ -99,7 +99,7 @@ def _check(r:Recipe) -> Recipe:
     return r
 
 # %% ../../nbs/train/00_recipes.ipynb #61f223c7
-_long = dict(objective="l0", threshold=.001, bandwidth=.001, relative_bandwidth=None, parametrisation="log", enc_scale=1., steer=False, calibrate=False, l0=None,
+_long = dict(objective="l0", threshold=.001, bandwidth=.001, relative_bandwidth=None, parametrisation="log", enc_scale=1., calibrate=False, l0=None,
              lr=7e-5, lr_threshold=7e-5, betas=(0., .999), batch_size=4096, warmup=1000*4096, warmup_start=.1, decay=0., penalty_warmup=10_000*4096)
 RECIPES: dict[str, Recipe] = {r.name: r for r in (
     Recipe("practical", "ablation study of this project"),

@@ -177,7 +177,7 @@ def _save_checkpoint(path:Path, trainer:Trainer, log:list[dict], identity:dict, 
     try:
         with open(tmp, "wb") as f: torch.save(dict(identity=json.dumps(identity), log=json.dumps(log), seconds=seconds, **trainer.state_dict()), f); f.flush(); os.fsync(f.fileno())
         os.replace(tmp, path)
-    except OSError as e: raise OSError(f"The checkpoint {path} could not be written ({e.strerror or e}): free some space or choose another out; the previous checkpoint is kept.") from None
+    except (OSError, RuntimeError) as e: raise OSError(f"The checkpoint {path} could not be written ({getattr(e, 'strerror', None) or str(e).splitlines()[0]}): free some space or choose another out; the previous checkpoint is kept.") from None
     finally: tmp.unlink(missing_ok=True)
 
 
@@ -245,7 +245,7 @@ def train(
     site:Any=None, # of the language model: "resid_post.2", or a Site; default: the residual stream after the middle layer
     recipe:str|Recipe="practical", # a name of `RECIPES`, or a recipe of your own
     d_sae:int|None=None, # number of latents; default 8 · d_in
-    l0:float|None=32, # wanted mean number of active latents per token
+    l0:float|None=None, # wanted mean number of active latents per token; default: the recipe's, 32 for most
     tokens:int=2_000_000, # length of the training
     out:str|Path|None=None, # folder for sae_weights.safetensors, cfg.json, log.jsonl and checkpoints; nothing is written without
     seed:int=0, # of weights and data order, by separate generators
@@ -299,7 +299,7 @@ def _loop(t:Trainer, log:list, spent:float, identity:dict, out:Path|None, stop:l
     "Run the remaining steps; returns the seconds spent in all."
     from tqdm.auto import tqdm
     B, every = t.recipe.batch_size, max(1, t.steps // 100)
-    started = saved = time.perf_counter()
+    started = saved = noted = time.perf_counter()
     tracker = _tracker(track, out, identity)
     bar = tqdm(total=t.steps * B, initial=t.step_no * B, unit="tok", unit_scale=True, disable=not progress, desc="train", mininterval=.5)
     checkpoint = lambda: out is not None and t.step_no < t.steps and _save_checkpoint(out/"checkpoint.pt", t, log, identity, spent + time.perf_counter() - started)
@@ -314,7 +314,8 @@ def _loop(t:Trainer, log:list, spent:float, identity:dict, out:Path|None, stop:l
                 if not math.isfinite(line["mse"]): raise FloatingPointError(f"Training diverged before token {line['tokens']:,} (the loss is {line['mse']}): lower lr" + (f"; the last good checkpoint in {out} is kept." if out else "."))
                 log.append(line)
                 bar.set_postfix(l0=f"{line['l0']:.1f}", fvu=f"{line['fvu']:.3f}", dead=f"{line['dead']:.1%}")
-                if out is not None: write_atomically(out/"log.jsonl", "".join(json.dumps(r) + "\n" for r in log))
+                if out is not None and (time.perf_counter() - noted > 1 or t.step_no == t.steps):
+                    write_atomically(out/"log.jsonl", "".join(json.dumps(r) + "\n" for r in log)); noted = time.perf_counter()
                 if tracker: tracker.log({k: v for k, v in line.items() if k != "tokens"}, step=line["tokens"])
                 if live: _redraw(log)
             if stop:
