@@ -47,7 +47,7 @@ class Recipe:
     calibrate: bool = True                # at the end, scale all θ by one factor so that L0 on training tokens is l0
     # optimizer
     batch_size: int = 2048                # tokens per step
-    lr: float|None = None                 # of weights and biases; None: .17 √(batch/2048) / √d_in
+    lr: float|None = None                 # of weights and biases; None: .125 √(batch/2048) / √d_in
     lr_threshold: float = .03             # of θ, or of ln θ
     betas: tuple[float, float] = (.9, .99) # Adam's decay rates of the first and second moment
     eps: float = 1e-8                     # Adam's
@@ -173,8 +173,8 @@ def learning_rate(
     r:Recipe, # with or without an explicit `lr`
     d_in:int, # width of the activations
 ) -> float: # for weights and biases
-    "The recipe's learning rate, or the rule .17 √(B/2048) / √d."
-    return r.lr if r.lr is not None else .17 * math.sqrt(r.batch_size / 2048) / math.sqrt(d_in)
+    "The recipe's learning rate, or the rule .125 √(B/2048) / √d."
+    return r.lr if r.lr is not None else .125 * math.sqrt(r.batch_size / 2048) / math.sqrt(d_in)
 
 
 def build_gate(
