@@ -156,7 +156,7 @@ def train_command(
     layer:int|None=None, # in which block, counted from 0 [default: the middle one]
     text:str="stdlib", # what the model reads: stdlib, a file, a folder, or a dataset (name or name:config)
     recipe:str="practical", # set of all choices: practical, paper, gemma_scope, topk or relu_l1
-    d_sae:int|None=None, # number of latents [default: 8 times the width of the activations]
+    d_sae:int|None=None, # number of latents [default: 10 times the width of the activations]
     l0:float|None=None, # wanted mean number of active latents per token [default: the recipe's own; 32 if practical]
     tokens:int=2_000_000, # length of the training, in tokens
     seed:int=0, # random seed of the weights and of the order of the data
@@ -181,7 +181,7 @@ def train_command(
     for name, value, least in (("tokens", tokens, 1), ("d-sae", 1 if d_sae is None else d_sae, 1), ("eval-tokens", eval_tokens, 2), ("show", show, 0)):
         if value < least: raise ValueError(f"--{name} must be at least {least}, got {value}.")
     lm, at = _model_and_site(model, site, layer, device, context_size)
-    d_sae = d_sae or 8 * at.d_in
+    d_sae = d_sae or 10 * at.d_in
     build_gate(chosen, d_sae)
     _check_text(lm, text)
     base, goal = re.sub(r"[^\w.-]+", "_", Path(lm.name).name) or "model", chosen.name if chosen.l0 is None else f"l0_{chosen.l0:g}"

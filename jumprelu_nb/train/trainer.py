@@ -244,7 +244,7 @@ def train(
     source:Any="embedded", # a LanguageModel or its name, `Activations`, an (n, d_in) tensor or array, or an iterable of (n, d_in) blocks
     site:Any=None, # of the language model: "resid_post.2", or a Site; default: the residual stream after the middle layer
     recipe:str|Recipe="practical", # a name of `RECIPES`, or a recipe of your own
-    d_sae:int|None=None, # number of latents; default 8 · d_in
+    d_sae:int|None=None, # number of latents; default 10 · d_in
     l0:float|None=None, # wanted mean number of active latents per token; default: the recipe's, 32 for most
     tokens:int=2_000_000, # length of the training
     out:str|Path|None=None, # folder for sae_weights.safetensors, cfg.json, log.jsonl and checkpoints; nothing is written without
@@ -266,7 +266,7 @@ def train(
     recipe = get_recipe(recipe, **({} if l0 is None else dict(l0=float(l0))), **fields)
     out = _folder(out, resume)
     acts, origin = _activations(source, site, text, device, seed, context_size, cache)
-    d_sae = 8 * acts.d_in if d_sae is None else d_sae
+    d_sae = 10 * acts.d_in if d_sae is None else d_sae
     if device is None: device = source.device if isinstance(source, LanguageModel) else "cpu"
     for line in advice(recipe, acts.d_in, d_sae, tokens): warnings.warn(line, stacklevel=2)
     trainer = Trainer(acts, recipe, d_sae, tokens, seed, device)
