@@ -44,7 +44,7 @@ def test_clean(page):
     assert len({c["id"] for c in nb["cells"]}) == len(nb["cells"])
 
 
-private = re.compile(r"""(?<![\w.])(/(home|root|Users|work|tmp|opt|mnt|data|private|var/folders)/[\w.-]+|[A-Z]:\\\\)|site-packages|/lib/python3""")
+private = re.compile(r"""(?<![\w.])(/(home|root|Users|work|tmp|opt|mnt|data|private|var/folders)/[\w.-]+|[A-Z]:\\\\)|[\w./]/site-packages|site-packages/|/lib/python3""")
 secret = re.compile(r"hf_[A-Za-z0-9]{20}|gh[pousr]_[A-Za-z0-9]{20}|github_pat_|sk-[A-Za-z0-9]{20}|AKIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY")
 
 

@@ -9,7 +9,7 @@ import hashlib, json, math, platform, time
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 from .embedded import corpus_sha256, measure, next_token_loss, stdlib_texts, token_stream, validation_windows
@@ -125,7 +125,7 @@ class Budget:
         return step/self.steps if self.steps else max(s/limit for s, limit in zip(self.seconds(), self.limits))
 
     @contextmanager
-    def paused(self):
+    def paused(self) -> Iterator[None]:
         "Do not count what happens inside."
         before = self._now(self.threads)
         yield
@@ -241,7 +241,7 @@ def train_embedded(
     out:str|Path, # folder to write
     first_minutes:float=40, # processor minutes per thread of the first stage; 0 to have one stage, the second, at full rates
     minutes:float=40, # of the second stage
-    threads:int=1,
+    threads:int=1, # of torch
     *,
     wall_minutes:float=math.inf, # wall-clock minutes at most, of each stage
     steps:int|None=None, # train for so many steps in each stage, whatever time they take

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator
@@ -315,17 +315,26 @@ def _loop(t:Trainer, log:list, spent:float, identity:dict, out:Path|None, stop:l
                 log.append(line)
                 bar.set_postfix(l0=f"{line['l0']:.1f}", fvu=f"{line['fvu']:.3f}", dead=f"{line['dead']:.1%}")
                 if out is not None and (time.perf_counter() - noted > 1 or t.step_no == t.steps):
-                    write_atomically(out/"log.jsonl", "".join(json.dumps(r) + "\n" for r in log)); noted = time.perf_counter()
+                    _write_log(out, log); noted = time.perf_counter()
                 if tracker: tracker.log({k: v for k, v in line.items() if k != "tokens"}, step=line["tokens"])
                 if live: _redraw(log)
             if stop:
                 checkpoint()
                 raise KeyboardInterrupt(f"Stopped after {t.step_no * B:,} of {t.steps * B:,} tokens" + (f"; resume=True (--resume) goes on from {out}." if out is not None else "; without out, nothing was kept."))
             if out is not None and time.perf_counter() - saved > checkpoint_seconds: checkpoint(); saved = time.perf_counter()
+    except BaseException:
+        if out is not None:
+            with suppress(OSError): _write_log(out, log)                       # whatever stopped the training, its log is not lost
+        raise
     finally:
         bar.close()
         if tracker: tracker.end_training()
     return spent + time.perf_counter() - started
+
+# %% ../../nbs/train/01_trainer.ipynb #35304585
+def _write_log(out:Path, log:list[dict]) -> None:
+    "Write log.jsonl as a whole."
+    write_atomically(out/"log.jsonl", "".join(json.dumps(r) + "\n" for r in log))
 
 
 def _tracker(track:str|None, out:Path|None, identity:dict) -> Any:
