@@ -343,6 +343,7 @@ def _tracker(track:str|None, out:Path|None, identity:dict) -> Any:
     from accelerate import Accelerator
     try: a = Accelerator(log_with=track, project_dir=str(out or "."))
     except ValueError as e: raise ValueError(f"No tracker {track!r} ({e}): install it, or leave track out.") from None
+    if not a.log_with: raise ValueError(f"The tracker {track!r} is not installed: pip install {track}, or leave track out.")   # accelerate would go on in silence
     flat = identity | {k: v for k, v in identity["recipe"].items()}
     a.init_trackers("jumprelu_nb", config={k: v for k, v in flat.items() if isinstance(v, (int, float, str, bool))})
     return a
