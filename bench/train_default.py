@@ -47,7 +47,7 @@ def once(l0:float, seed:int, more:list[str]) -> tuple[dict, list[dict]]:
 def pooled(runs:list[dict]) -> dict[str, dict[str, float]]:
     "Mean and standard deviation over the seeds."
     keys = [k for k in runs[0] if k != "seed" and all(isinstance(r[k], (int, float)) for r in runs)]
-    return {k: {"mean": round(mean(r[k] for r in runs), 5), "sd": round(stdev(r[k] for r in runs), 5) if len(runs) > 1 else 0., "worst": (min if "recovered" in k else max)(r[k] for r in runs)} for k in keys}
+    return {k: {"mean": round(mean(r[k] for r in runs), 5), "sd": round(stdev(r[k] for r in runs), 5) if len(runs) > 1 else 0., "worst": (min if "recovered" in k or k in ("explained_variance", "cosine", "tokens_per_second") else max)(r[k] for r in runs)} for k in keys}
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ class Trainer:
     ):
         self.acts, self.recipe, self.tokens, self.seed = acts, recipe, int(tokens), seed
         self.steps, self.step_no = math.ceil(self.tokens / recipe.batch_size), 0
-        d_in, sample = acts.d_in, acts.sample(8192).float()
+        d_in, sample = acts.d_in, acts.sample(8192).float().cpu()      # the SAE is made on the CPU, and the same on every device
         scale = sample.square().sum(-1).mean().sqrt().item()
         if not math.isfinite(scale): raise ValueError(f"{acts.name}: NaN or infinity in a sample of {len(sample):,} activations: run the model in float32, or clean the data.")
         if scale == 0: raise ValueError(f"{acts.name}: all zero in a sample of {len(sample):,} activations, so there is no scale to train at.")
@@ -210,9 +210,8 @@ def _finish_step_on_signal() -> Iterator[list]:
         for s, handler in old.items(): signal.signal(s, handler)
 
 # %% ../../nbs/train/01_trainer.ipynb #4449f7f6
-def _activations(source:Any, site:Any, text:Any, device:Any, seed:int, context_size:int|None, cache:Any) -> tuple[Activations, dict]:
+def _activations(source:Any, site:Any, text:Any, seed:int, context_size:int|None, cache:Any) -> tuple[Activations, dict]:
     "The activations to train on, and what an SAE should remember of their origin."
-    if isinstance(source, (str, Path)): source = LanguageModel.load(str(source), device=device)
     if isinstance(source, LanguageModel):
         site = source.site(f"resid_post.{source.n_layers // 2}" if site is None else site)
         size = context_size or source.context_size
@@ -250,7 +249,7 @@ def train(
     out:str|Path|None=None, # folder for sae_weights.safetensors, cfg.json, log.jsonl and checkpoints; nothing is written without
     seed:int=0, # of weights and data order, by separate generators
     text:Any="stdlib", # what the language model reads: "stdlib", a file, a folder, a `datasets` name, or a list of strings
-    device:str|torch.device|None=None, # default: where the language model is, else the CPU
+    device:str|torch.device|None=None, # default: where the language model or the activations are
     live:bool=False, # redraw the training curves in the notebook while they grow
     resume:bool=False, # go on from the checkpoint in `out`
     *,
@@ -265,9 +264,10 @@ def train(
     if tokens < 1: raise ValueError(f"tokens must be at least 1, got {tokens}.")
     recipe = get_recipe(recipe, **({} if l0 is None else dict(l0=float(l0))), **fields)
     out = _folder(out, resume)
-    acts, origin = _activations(source, site, text, device, seed, context_size, cache)
+    if isinstance(source, (str, Path)): source = LanguageModel.load(str(source), device=device)
+    acts, origin = _activations(source, site, text, seed, context_size, cache)
     d_sae = 10 * acts.d_in if d_sae is None else d_sae
-    if device is None: device = source.device if isinstance(source, LanguageModel) else "cpu"
+    if device is None: device = source.device if isinstance(source, LanguageModel) else acts.device
     for line in advice(recipe, acts.d_in, d_sae, tokens): warnings.warn(line, stacklevel=2)
     trainer = Trainer(acts, recipe, d_sae, tokens, seed, device)
     identity = dict(recipe=recipe.to_dict(), d_in=acts.d_in, d_sae=d_sae, tokens=tokens, seed=seed, data=acts.mark)
