@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 from jumprelu_nb.data.activations import Activations
-from jumprelu_nb.train.recipes import RECIPES, Recipe, get_recipe, lr_factor
+from jumprelu_nb.train.build import lr_factor
+from jumprelu_nb.train.recipes import RECIPES, Recipe, get_recipe
 from jumprelu_nb.train.trainer import Trainer, read_log, train
 
 

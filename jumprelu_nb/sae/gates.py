@@ -16,6 +16,9 @@ __all__ = ['GATES', 'Gate', 'ReLUGate', 'TopKGate', 'JumpReLUGate', 'make_gate']
 class Gate(nn.Module):
     "The rule that turns pre-activations into sparse activations. Subclasses define `forward` and what differs."
     name = "gate"
+    batch_dependent = False   # True where the activations of a token depend on the other tokens of its batch
+    calibration = "common"    # what `fold` looks for on a sample where there are no constant thresholds: one for all, or one per latent ("latent")
+    owns_bias = False         # True where the gate has biases of its own, so that the SAE's `b_enc` stays at 0 while training
 
     def __init__(self,
         d_sae:int, # number of latents
@@ -29,9 +32,28 @@ class Gate(nn.Module):
         "Apply the gate."
         raise TypeError(f"{type(self).__name__} defines no forward: a gate maps (..., d_sae) pre-activations to activations.")
 
+    @torch.no_grad()
+    def select(self,
+        z:Tensor, # (..., d_sae) pre-activations
+    ) -> Tensor: # (..., d_sae) bool
+        "Find the entries that can carry a value or a gradient; all others are exactly 0 in both."
+        return self(z) != 0
+
+    def values(self,
+        z:Tensor, # (n,) pre-activations of selected entries
+        at:Tensor, # (n,) latent of each
+    ) -> Tensor: # (n,) activations
+        "Apply the gate to entries that `select` found, one by one."
+        return z.relu()
+
     def inference_threshold(self) -> Tensor|None:
         "The (d_sae,) thresholds with which a JumpReLU computes the same function, or None where no constant ones do."
         return None
+
+    def inference(self) -> tuple[Tensor|None, Tensor|None, Tensor]|None:
+        "(gain, shift, θ), each (d_sae,), for which JumpReLU_θ(gain·z + shift) computes the same function (None: 1 and 0), or None where there are none."
+        theta = self.inference_threshold()
+        return None if theta is None else (None, None, theta)
 
     def config(self) -> dict:
         "What `make_gate` needs to build this gate again, as plain JSON values."
@@ -54,6 +76,8 @@ class ReLUGate(Gate):
 
     def forward(self, z:Tensor) -> Tensor: return z.relu()
 
+    def select(self, z:Tensor) -> Tensor: return z > 0
+
     def inference_threshold(self) -> Tensor: return torch.zeros(self.d_sae)
 
 # %% ../../nbs/sae/01_gates.ipynb #64543903
@@ -72,6 +96,11 @@ class TopKGate(Gate):
     def forward(self, z:Tensor) -> Tensor:
         values, at = z.topk(self.k, dim=-1, sorted=False)
         return torch.zeros_like(z).scatter(-1, at, values.relu())
+
+    @torch.no_grad()
+    def select(self, z:Tensor) -> Tensor:
+        values, at = z.topk(self.k, dim=-1, sorted=False)
+        return torch.zeros_like(z, dtype=torch.bool).scatter(-1, at, values > 0)
 
     def config(self) -> dict: return dict(name=self.name, k=self.k)
 
@@ -107,11 +136,20 @@ class JumpReLUGate(Gate):
 
     def forward(self, z:Tensor) -> Tensor: return jumprelu(z, self.threshold, self.bandwidth, self.kernel, self.ste_to_input)
 
+    @torch.no_grad()
+    def select(self, z:Tensor) -> Tensor:
+        return z > self.threshold - self.bandwidth * min(KERNELS[self.kernel].support, 6.)     # a Gaussian window is below float rounding at 6
+
+    def values(self, z:Tensor, at:Tensor) -> Tensor:
+        return jumprelu(z, self.threshold.index_select(0, at), self.bandwidth, self.kernel, self.ste_to_input)
+
     def step(self,
-        z:Tensor, # (..., d_sae) pre-activations
-    ) -> Tensor: # (..., d_sae) 0 or 1
+        z:Tensor, # (..., d_sae) pre-activations, or (n,) those of selected entries
+        at:Tensor|None=None, # (n,) latent of each, if they are a list
+    ) -> Tensor: # 0 or 1, of the shape of z
         "H(z − θ): 1 where a latent is active, with the straight-through gradient of the L0 penalty."
-        return heaviside(z, self.threshold, self.bandwidth, self.kernel, self.ste_to_input)
+        theta = self.threshold if at is None else self.threshold.index_select(0, at)
+        return heaviside(z, theta, self.bandwidth, self.kernel, self.ste_to_input)
 
     def inference_threshold(self) -> Tensor: return self.threshold.detach().clamp_min(0)
 

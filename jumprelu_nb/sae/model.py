@@ -11,10 +11,11 @@ import tempfile
 from pathlib import Path
 import torch
 from torch import Tensor, nn
+from . import gated, topk  # noqa: F401  (they enter their gates into the register)
 from .gates import Gate, JumpReLUGate, make_gate
 
 # %% auto #0
-__all__ = ['SAE', 'threshold_for_l0', 'fold', 'write_atomically', 'save', 'load']
+__all__ = ['SAE', 'threshold_for_l0', 'calibrated_threshold', 'fold', 'write_atomically', 'save', 'load']
 
 # %% ../../nbs/sae/02_model.ipynb #fc2516b8
 class SAE(nn.Module):
@@ -56,6 +57,19 @@ class SAE(nn.Module):
         "Compute f W_dec + b_dec."
         return f @ self.W_dec + self.b_dec
 
+    def offset(self,
+        u:Tensor, # (..., d_in) scaled activations
+    ) -> Tensor: # (d_in,) what is added to the decoded latents
+        "The part of the reconstruction that no latent makes: `b_dec`."
+        return self.b_dec
+
+    def blank(self,
+        gate:Gate, # of the new SAE
+        decoder_norm:str="unit", # likewise
+    ) -> SAE: # scale 1, no pre-encoder bias, all weights 0
+        "An SAE of the same kind and size, to be filled with folded or loaded weights."
+        return SAE(self.d_in, self.d_sae, gate, decoder_norm=decoder_norm, metadata=self.metadata)
+
     # -- the public form, on raw activations -------------------------------------------------------------------------------------
     def encode(self,
         x:Tensor, # (..., d_in) raw activations
@@ -82,10 +96,12 @@ class SAE(nn.Module):
         seed:int=0, # of a generator of its own: it never repeats the random numbers of the data
         enc_scale:float=1., # W_enc starts as enc_scale · W_decᵀ
         b_dec:Tensor|None=None, # (d_in,) start of the decoder bias, usually the data mean; zero if not given
+        dec_norm:float=1., # length of the rows of W_dec; other than 1 only if they are free
     ) -> SAE: # itself
-        "Draw random unit rows for W_dec, tie W_enc to them, set the biases."
+        "Draw random rows for W_dec, tie W_enc to them, set the biases."
+        if dec_norm != 1 and self.decoder_norm == "unit": raise ValueError(f"Rows of length {dec_norm} would be brought back to 1 by the first step: make the SAE with decoder_norm=\"free\".")
         g = torch.Generator().manual_seed((seed * 1_000_003 + 0x5AE) % 2**63)
-        rows = nn.functional.normalize(torch.randn(self.d_sae, self.d_in, generator=g), dim=-1)
+        rows = dec_norm * nn.functional.normalize(torch.randn(self.d_sae, self.d_in, generator=g), dim=-1)
         self.W_dec.copy_(rows); self.W_enc.copy_(enc_scale * rows.T); self.b_enc.zero_()
         self.b_dec.zero_() if b_dec is None else self.b_dec.copy_(b_dec)
         return self
@@ -154,21 +170,39 @@ def threshold_for_l0(
 
 # %% ../../nbs/sae/02_model.ipynb #09dd3d17
 @torch.no_grad()
+def calibrated_threshold(
+    sae:SAE, # whose gate has no constant thresholds
+    x:Tensor, # (tokens, d_in) raw activations
+    batch:int=2048, # tokens that meet in one batch of the gate
+) -> Tensor: # (d_sae,) θ, in the units of the pre-activations
+    "Find the constant thresholds that let as many latents through on `x` as the gate does: one for all, or one per latent."
+    z, was = sae.pre_acts(x.to(sae.device, sae.dtype) / sae.scale.to(sae.dtype)).float(), sae.gate.training
+    many = torch.stack([(sae.gate.train()(part) != 0).sum(0) for part in z.split(batch)]).sum(0)    # (d_sae,) times each latent passes
+    sae.gate.train(was)
+    if sae.gate.calibration == "common": return torch.full((sae.d_sae,), max(0., threshold_for_l0(z, many.sum().item() / len(z))))
+    ranked = z.sort(dim=0, descending=True).values
+    last, first = ranked.gather(0, (many - 1).clamp_min(0)[None])[0], ranked.gather(0, many.clamp_max(len(z) - 1)[None])[0]  # to pass, and to fail
+    return torch.where(many == 0, 2 * ranked[0].clamp_min(1e-6), (last + first) / 2).clamp_min(0).cpu()   # a latent that never passes stays silent
+
+# %% ../../nbs/sae/02_model.ipynb #509cd943
+@torch.no_grad()
 def fold(
     sae:SAE, # any form
     calibrate:Tensor|None=None, # (tokens, d_in) raw activations: a gate without constant thresholds gets a common one that gives the same mean L0 on them
 ) -> SAE: # scale 1, no pre-encoder bias, unit decoder rows, and a JumpReLU wherever constant thresholds exist
-    "Fold input scale, pre-encoder bias and decoder norms into the weights (Gemma Scope, App. A)."
-    C, theta = sae.scale.item(), sae.gate.inference_threshold()
-    if theta is None and calibrate is not None:
-        z = sae.pre_acts(calibrate.to(sae.dtype) / C)
-        theta = torch.full((sae.d_sae,), threshold_for_l0(z, (sae.gate(z) != 0).sum(-1).float().mean().item()))
-    gate = sae.gate if theta is None else JumpReLUGate(sae.d_sae)
+    "Fold input scale, pre-encoder bias, decoder norms and what else a gate holds into the weights (Gemma Scope, App. A)."
+    C, how = sae.scale.item(), sae.gate.inference()
+    if calibrate is not None and (how is None or sae.gate.batch_dependent): how = (None, None, calibrated_threshold(sae, calibrate))
+    if how is None and sae.gate.batch_dependent:
+        raise ValueError(f"What the gate {sae.gate.name!r} gives a token depends on its batch: fold(calibrate=x) with a sample of activations finds constant thresholds.")
+    gain, shift, theta = how or (None, None, None)
+    gate = make_gate(sae.gate.config(), sae.d_sae) if theta is None else JumpReLUGate(sae.d_sae)
     norm = torch.ones_like(sae.b_enc) if theta is None or sae.decoder_norm == "unit" else sae.W_dec.norm(dim=-1).clamp_min(1e-12)
-    out = SAE(sae.d_in, sae.d_sae, make_gate(gate.config(), sae.d_sae), metadata=sae.metadata, decoder_norm="unit" if theta is not None else sae.decoder_norm)
-    out = out.to(sae.device, sae.dtype)
-    shift = sae.b_dec @ sae.W_enc if sae.pre_encoder_bias else torch.zeros_like(sae.b_enc)
-    out.W_enc.copy_(sae.W_enc * norm); out.b_enc.copy_(C * (sae.b_enc - shift) * norm)
+    gain = torch.ones_like(sae.b_enc) if gain is None else gain.to(sae.b_enc)
+    out = sae.blank(gate, decoder_norm="unit" if theta is not None else sae.decoder_norm).to(sae.device, sae.dtype)
+    b_enc = sae.b_enc - (sae.b_dec @ sae.W_enc if sae.pre_encoder_bias else 0)
+    b_enc = gain * b_enc + (0 if shift is None else shift.to(sae.b_enc))
+    out.W_enc.copy_(sae.W_enc * gain * norm); out.b_enc.copy_(C * b_enc * norm)
     out.W_dec.copy_(sae.W_dec / norm[:, None]); out.b_dec.copy_(C * sae.b_dec)
     if theta is not None: out.gate.set_threshold_(C * theta.to(sae.device) * norm.float())
     return out.requires_grad_(False).eval()

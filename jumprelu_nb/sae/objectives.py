@@ -5,15 +5,18 @@
 # %% ../../nbs/sae/03_objectives.ipynb #8f4d8059
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
-from .gates import JumpReLUGate
-from .model import SAE
+from torch import Tensor, nn
+from .model import SAE, threshold_for_l0
+from .sparse import Codes, codes_of
 from .ste import KERNELS
 
 # %% auto #0
-__all__ = ['reconstruction_loss', 'l1_penalty', 'l0_penalty', 'l0_target_penalty', 'ramp', 'Objective', 'L1', 'L0', 'L0Target',
-           'Balanced']
+__all__ = ['reconstruction_loss', 'l1_penalty', 'l0_penalty', 'l0_target_penalty', 'ramp', 'Objective', 'Together', 'update_',
+           'fit', 'Penalised', 'L1', 'L0', 'L0Target', 'Balanced']
 
 # %% ../../nbs/sae/03_objectives.ipynb #242fb10e
 def reconstruction_loss(
@@ -25,18 +28,17 @@ def reconstruction_loss(
 
 
 def l1_penalty(
-    f:Tensor, # (batch, d_sae) activations
+    codes:Codes, # of one batch
 ) -> Tensor: # scalar
     "Mean over tokens of Σ|f_i| (Bricken et al. 2023)."
-    return f.abs().sum(-1).mean()
+    return codes.mean(codes.f.abs())
 
 
 def l0_penalty(
-    gate:JumpReLUGate, # holds thresholds and bandwidth
-    z:Tensor, # (batch, d_sae) pre-activations
+    codes:Codes, # of one batch, from a gate with thresholds
 ) -> Tensor: # scalar: the mean L0 itself, with a straight-through gradient to the thresholds
     "Mean number of active latents (Rajamanoharan et al. 2024, arXiv 2407.14435, eq. 9)."
-    return gate.step(z).sum(-1).mean()
+    return codes.mean(codes.sae.gate.step(codes.z, codes.at))
 
 
 def l0_target_penalty(
@@ -57,21 +59,33 @@ def ramp(
 
 
 class Objective:
-    "What is asked of an SAE beyond reconstruction. This one asks for nothing more: the gate sets the sparsity."
+    "What is asked of an SAE. This one asks for reconstruction and nothing more: the gate sets the sparsity."
     state: tuple[str, ...] = ()   # names of the attributes that a checkpoint must keep
+    needs_table = False           # True if it looks at entries that no list holds
+
+    def before_step_(self,
+        sae:SAE, # before the batch is encoded
+        progress:float, # share of the training tokens already used
+    ) -> None: "Set what the gate should do on the next batch."
+
+    def reconstruction(self,
+        sae:SAE, # in training form
+        codes:Codes, # of the batch
+    ) -> Tensor: # scalar
+        "The error of what the codes say."
+        return reconstruction_loss(codes.target, codes.u_hat)
 
     def penalty(self,
         sae:SAE, # in training form
-        z:Tensor, # (batch, d_sae) pre-activations
-        f:Tensor, # (batch, d_sae) gate outputs
+        codes:Codes, # of the batch
         progress:float, # share of the training tokens already used
-    ) -> Tensor|float: # added to the reconstruction loss
+    ) -> Tensor|float: # added to the reconstruction error
         "The term to add to the loss."
         return 0.
 
     def adjust_grads_(self,
         sae:SAE, # with the gradients of the loss
-        z:Tensor, # (batch, d_sae) pre-activations
+        codes:Codes, # of the batch
     ) -> None:
         "Change gradients after the backward pass."
 
@@ -87,8 +101,81 @@ class Objective:
             if k not in d: raise ValueError(f"This state belongs to another objective: it has no {k!r}, which {type(self).__name__} needs.")
             setattr(self, k, d[k])
 
+
+class Together(Objective):
+    "Several objectives at once: the reconstruction of the first, the penalties and actions of all."
+    def __init__(self,
+        *parts:Objective, # the first says how reconstruction is measured
+    ): self.parts, self.needs_table = parts, any(p.needs_table for p in parts)
+
+    def before_step_(self, sae, progress):
+        for p in self.parts: p.before_step_(sae, progress)
+    def reconstruction(self, sae, codes): return self.parts[0].reconstruction(sae, codes)
+    def penalty(self, sae, codes, progress): return sum(p.penalty(sae, codes, progress) for p in self.parts)
+    def adjust_grads_(self, sae, codes):
+        for p in self.parts: p.adjust_grads_(sae, codes)
+    def after_step_(self, sae, l0, progress):
+        for p in self.parts: p.after_step_(sae, l0, progress)
+    def state_dict(self) -> dict: return {k if i == 0 else f"{k}_{i}": v for i, p in enumerate(self.parts) for k, v in p.state_dict().items()}
+    def load_state_dict(self, d:dict) -> None:
+        for i, p in enumerate(self.parts): p.load_state_dict({k: d[k if i == 0 else f"{k}_{i}"] for k in p.state if (k if i == 0 else f"{k}_{i}") in d})
+
+# %% ../../nbs/sae/03_objectives.ipynb #043b4dba
+def update_(
+    sae:SAE, # in training form
+    objective:Objective, # what is asked
+    opt:torch.optim.Optimizer, # of the SAE's parameters
+    codes:Codes, # of the batch
+    progress:float, # share of the training already used, 0 to 1
+    grad_clip:float|None=None, # on the norm of all gradients except the gate's
+) -> Tensor: # scalar: the batch's squared error, without gradient
+    "Take one step of training: losses, gradients, constraints, controllers."
+    error = objective.reconstruction(sae, codes)
+    opt.zero_grad(set_to_none=True)
+    (error + objective.penalty(sae, codes, progress)).backward()
+    with torch.no_grad():
+        objective.adjust_grads_(sae, codes)
+        sae.project_grad_()
+        if grad_clip: nn.utils.clip_grad_norm_([p for n, p in sae.named_parameters() if not n.startswith("gate.")], grad_clip)
+        opt.step()
+        sae.project_()
+        objective.after_step_(sae, codes.l0, progress)
+    return error.detach()
+
+
+def fit(
+    sae:SAE, # initialised; changed in place
+    objective:Objective, # what is asked
+    data:Callable[[int], Tensor], # n → (n, d_in) fresh activations, at E‖u‖² ≈ 1
+    steps:int=1000, # of training
+    batch_size:int=512, # tokens per step
+    lr:float=1e-2, # of weights and biases
+    lr_threshold:float=.03, # of what the gate learns
+    betas:tuple[float, float]=(.9, .99), # Adam's
+    target:Callable[[Tensor], Tensor]|None=None, # u → what is to be reconstructed; default: u itself
+    every:int=10, # steps per line of the log
+) -> list[dict]: # lines with step, l0 and fvu
+    "Train on fresh data with the smallest possible loop: warm-up over 5 % of the steps, decay over the last 30 %. For pages and toys; `train` is for everything else."
+    gate = [p for n, p in sae.named_parameters() if n.startswith("gate.")]
+    weights = [p for n, p in sae.named_parameters() if not n.startswith("gate.") and not (n == "b_enc" and sae.gate.owns_bias)]
+    opt = torch.optim.Adam([dict(params=weights, base=lr)] + ([dict(params=gate, base=lr_threshold)] if gate else []), betas=betas)
+    log, silent = [], torch.zeros(sae.d_sae)
+    for t in range(steps):
+        for group in opt.param_groups: group["lr"] = group["base"] * min(1., (t + 1) / (.05 * steps), (1 - t / steps) / .3)
+        u = data(batch_size)
+        objective.before_step_(sae, t / steps)
+        codes = codes_of(sae, u, "table" if objective.needs_table else "auto", None if target is None else target(u), silent)
+        error = update_(sae, objective, opt, codes, t / steps)
+        silent = torch.where(codes.fired, 0., silent + len(u))
+        if t % every == 0 or t == steps - 1:
+            y = codes.target
+            error = reconstruction_loss(y, codes.u_hat.detach())
+            log.append(dict(step=t, l0=codes.l0.item(), fvu=(error / (y - y.mean(0)).square().sum(-1).mean()).item(), dead=(silent > 50 * batch_size).float().mean().item()))
+            if not math.isfinite(log[-1]["fvu"]): raise FloatingPointError(f"The training diverged at step {t}: lower lr.")
+    return log
+
 # %% ../../nbs/sae/03_objectives.ipynb #c0c68f5e
-class _Penalised(Objective):
+class Penalised(Objective):
     "A penalty with a coefficient that is warmed up, and steered when a target is given."
     state = ("coefficient",)
 
@@ -105,14 +192,14 @@ class _Penalised(Objective):
             self.coefficient = self.coefficient.to(l0.device) * (self.gain * (l0.clamp_min(1e-3) / self.l0).log().clamp(-1, 1)).exp()
 
 
-class L1(_Penalised):
+class L1(Penalised):
     "λ·mean Σ f_i (Bricken et al. 2023). Needs unit decoder rows."
-    def penalty(self, sae, z, f, progress): return self.coefficient.to(f.device) * ramp(progress, self.warmup) * l1_penalty(f)
+    def penalty(self, sae, codes, progress): return self.coefficient.to(codes.z.device) * ramp(progress, self.warmup) * l1_penalty(codes)
 
 
-class L0(_Penalised):
+class L0(Penalised):
     "λ·mean L0 with straight-through gradients to the thresholds (arXiv 2407.14435, eq. 9)."
-    def penalty(self, sae, z, f, progress): return self.coefficient.to(z.device) * ramp(progress, self.warmup) * l0_penalty(sae.gate, z)
+    def penalty(self, sae, codes, progress): return self.coefficient.to(codes.z.device) * ramp(progress, self.warmup) * l0_penalty(codes)
 
 # %% ../../nbs/sae/03_objectives.ipynb #87d7e037
 class L0Target(Objective):
@@ -124,7 +211,7 @@ class L0Target(Objective):
     ):
         self.l0, self.coefficient, self.warmup = l0, coefficient, warmup
 
-    def penalty(self, sae, z, f, progress): return self.coefficient * ramp(progress, self.warmup) * l0_target_penalty(l0_penalty(sae.gate, z), self.l0)
+    def penalty(self, sae, codes, progress): return self.coefficient * ramp(progress, self.warmup) * l0_target_penalty(l0_penalty(codes), self.l0)
 
 # %% ../../nbs/sae/03_objectives.ipynb #7e51fe21
 class Balanced(Objective):
@@ -147,12 +234,12 @@ class Balanced(Objective):
         return self.l0 * ramp(progress, self.over, self.start)
 
     @torch.no_grad()
-    def adjust_grads_(self, sae, z):
+    def adjust_grads_(self, sae, codes):
         gate = sae.gate
         theta, force = gate.threshold, gate.param.grad
         r = force / theta.clamp_min(1e-12) if gate.parametrisation == "log" else force.clone()      # ∂L_rec/∂θ
         eps = gate.bandwidth
-        s = -KERNELS[gate.kernel]((z - theta) / eps).sum(0).float() / (len(z) * eps)                  # ∂L0/∂θ
+        s = -codes.per_latent(KERNELS[gate.kernel]((codes.z.detach() - codes.spread(theta)) / eps)).float() / (len(codes) * eps)   # ∂L0/∂θ
         price = -r.sum() / s.sum().clamp_max(-1e-12)
         self.price = price if self.price is None else self.smoothing * self.price.to(price.device) + (1 - self.smoothing) * price
         r += self.price * s

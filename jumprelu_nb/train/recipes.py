@@ -6,57 +6,88 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
+from difflib import get_close_matches
 
-from ..sae.gates import GATES, Gate, make_gate
-from ..sae.objectives import L0, L1, Balanced, L0Target, Objective
+from ..sae.gates import GATES
+from ..sae.model import SAE as _
+from ..sae.ste import KERNELS
 
 # %% auto #0
-__all__ = ['OBJECTIVES', 'RECIPES', 'Recipe', 'get_recipe', 'duration', 'lr_factor', 'threshold_travel', 'advice',
-           'learning_rate', 'build_gate', 'build_objective']
+__all__ = ['OBJECTIVES', 'AUXILIARIES', 'MODELS', 'RECIPES', 'Recipe', 'get_recipe']
 
 # %% ../../nbs/train/00_recipes.ipynb #ca4f8a06
 @dataclass(frozen=True)
 class Recipe:
     "All choices of a training, at the scale E‖u‖² = 1. Durations are shares of the training up to 1 and tokens beyond."
     name: str                             # how it is called
-    source: str = ""                      # where the values come from
+    source: str = ""                      # where the values in `stated` come from
+    stated: tuple[str, ...] = ()          # the fields whose values are the source's; the others are this library's
+    # what it is
+    model: str = "sae"                    # sae, tied (W_enc = W_decᵀ for ever), transcoder or skip_transcoder
     gate: str = "jumprelu"                # a key of `GATES`
-    objective: str = "balanced"           # balanced, l0_target, l0, l1 or none
+    objective: str = "balanced"           # one of `OBJECTIVES`
+    auxiliary: tuple[str, ...] = ()       # more terms: some of `AUXILIARIES`
+    prefixes: tuple[float, ...] = ()      # Matryoshka: the shares of the latents that must reconstruct alone, the last one 1
     l0: float|None = 32.                  # wanted mean number of active latents per token
     # initialisation and constraint
     enc_scale: float = .25                # W_enc starts as enc_scale · W_decᵀ
-    b_dec_mean: bool = True               # b_dec starts at the data mean, else at 0
+    dec_norm: float = 1.                  # length of W_dec's rows at the start
+    b_dec: str = "mean"                   # b_dec starts at the data's mean, its (geometric) median, or zero
     pre_encoder_bias: bool = True         # encode u − b_dec
     decoder_norm: str = "unit"            # "unit" or "free" rows of W_dec
     # thresholds
-    threshold: float|None = None          # θ at the start; None: the quantile that gives l0_start · l0
+    threshold: float|None = None          # θ at the start; None: the quantile of the data that gives l0_start · l0
     parametrisation: str = "log"          # "log" or "raw"
     kernel: str = "rectangle"             # window of the straight-through estimator
     bandwidth: float = .001               # ε, unless relative
-    relative_bandwidth: float|None = .5   # ε = this × median θ
+    relative_bandwidth: float|str|None = "advised" # ε = this × median θ; "advised": measured on the data (`advise`); None: ε is fixed
     ste_to_input: bool = False            # straight-through gradient to z as well
+    quotas: str = "zipf"                  # feature choice: how tokens are shared out over latents, "zipf" or "uniform"
+    exponent: float = 1.                  # of Zipf's law in those quotas
     # sparsity
-    coefficient: float = 0.               # λ (l0, l1) or λ' (l0_target)
+    coefficient: float|None = None        # λ of the penalty, or λ' of an L0 target; None: measured on the data (`advise`)
     penalty_warmup: float = 0.            # duration over which the coefficient rises from 0
-    steer: bool = True                    # l0 and l1: steer λ so that l0 is reached
+    steer: bool = True                    # penalties: steer λ so that l0 is reached
     l0_gain: float = .05                  # feedback per step on ln θ (balanced) or ln λ (steered)
-    l0_start: float = .5                  # balanced: the target starts at this share of l0 …
+    l0_start: float = .5                  # balanced and TopK gates: the target starts at this share of l0 …
     l0_ramp: float = .3                   # … and reaches it after this duration
     calibrate: bool = True                # at the end, scale all θ by one factor so that L0 on training tokens is l0
+    omega0: float = .1                    # quadratic_frequency: the frequency at which the quadratic term equals the linear one
+    p_end: float = .2                     # p_anneal: the last exponent …
+    p_from: float = .3                    # … and the share of the training after which it begins to fall from 1
+    tanh_scale: float = 4.                # tanh: c, in the convention E‖x‖ = √d of its source
+    pre_act: float = 3e-6                 # tanh: λ_P of the pre-activation loss, in the same convention
+    # dead latents
+    aux_coefficient: float = 1/32         # of AuxK
+    k_aux: int|None = None                # dead latents that reconstruct the error; None: d_in/2, as a power of two
+    dead_after: float = .05               # duration without firing that counts as death
+    resample: tuple[float, ...] = ()      # shares of the training after which dead latents are drawn anew
     # optimizer
     batch_size: int = 2048                # tokens per step
-    lr: float|None = None                 # of weights and biases; None: .125 √(batch/2048) / √d_in
+    lr: float|None = None                 # of weights and biases; None: by the rule of `learning_rate`
     lr_threshold: float = .03             # of θ, or of ln θ
     betas: tuple[float, float] = (.9, .99) # Adam's decay rates of the first and second moment
     eps: float = 1e-8                     # Adam's
-    grad_clip: float|None = None          # on the norm of all gradients except the thresholds'
+    grad_clip: float|None = None          # on the norm of all gradients except the gate's
     warmup: float = .05                   # duration of the rise of both learning rates
+    warmup_shape: str = "linear"          # "linear" or "cosine"
     warmup_start: float = 0.              # share of the learning rate at the start of the rise
     decay: float = .3                     # final duration over which they fall to 0, linearly
 
-    def __repr__(self): return f"Recipe({self.name!r}: " + ", ".join(f"{k}={v!r}" for k, v in self.to_dict().items() if k not in ("name", "source")) + ")"
+    def __post_init__(self):
+        for k in ("stated", "auxiliary", "prefixes", "resample", "betas"):
+            if not isinstance(getattr(self, k), tuple): object.__setattr__(self, k, tuple(getattr(self, k)))
+
+    def __repr__(self): return f"Recipe({self.name!r}: " + ", ".join(f"{k}={v!r}" for k, v in self.to_dict().items() if k not in ("name", "source", "stated")) + ")"
+
+    def __str__(self):
+        rows = [(k, f"{v:g}" if isinstance(v, float) else str(v), "*" if k in self.stated else "") for k, v in self.to_dict().items() if k not in ("name", "source", "stated")]
+        return f"{self.name}\n  * {self.source}\n" + "\n".join(f"  {k:20}{v:>24} {star}" for k, v, star in rows)
+
+    def _repr_html_(self):
+        rows = "".join(f"<tr><td><code>{k}</code></td><td>{v}</td><td>{self.source if k in self.stated else 'this library'}</td></tr>" for k, v in self.to_dict().items() if k not in ("name", "source", "stated"))
+        return f"<table><thead><tr><th>{self.name}</th><th>value</th><th>from</th></tr></thead><tbody>{rows}</tbody></table>"
 
     def to_dict(self) -> dict:
         "Plain JSON values."
@@ -66,48 +97,120 @@ class Recipe:
         "The same recipe with some fields changed; unknown ones are an error."
         names = [f.name for f in dataclasses.fields(self)]
         for k in fields:
-            if k not in names: raise ValueError(f"A recipe has no field {k!r}: it has {', '.join(names[2:])}.")
-        if isinstance(fields.get("betas"), list): fields["betas"] = tuple(fields["betas"])
-        return _check(dataclasses.replace(self, **fields))
+            if k not in names:
+                near = get_close_matches(k, names, 1, .5)
+                raise ValueError(f"A recipe has no field {k!r}" + (f"; did you mean {near[0]!r}?" if near else f": it has {', '.join(names[3:])}."))
+        stated = tuple(k for k in self.stated if k not in fields or fields[k] == getattr(self, k))
+        return _check(dataclasses.replace(self, **{"stated": stated} | fields))
 
     def diff(self,
         other:Recipe, # to compare with
     ) -> dict[str, tuple]: # name → (mine, the other's)
         "The fields in which two recipes differ."
         a, b = self.to_dict(), other.to_dict()
-        return {k: (a[k], b[k]) for k in a if a[k] != b[k] and k not in ("name", "source")}
+        return {k: (a[k], b[k]) for k in a if a[k] != b[k] and k not in ("name", "source", "stated")}
 
 # %% ../../nbs/train/00_recipes.ipynb #c9c30ab3
-OBJECTIVES = ("balanced", "l0_target", "l0", "l1", "none")
+OBJECTIVES = ("balanced", "l0_target", "l0", "quadratic_l0", "quadratic_frequency", "tanh", "l1", "ri_l1", "gated_l1", "p_anneal", "none")
+AUXILIARIES = ("auxk", "aux_zipf", "multi_topk", "frequency")
+MODELS = ("sae", "tied", "transcoder", "skip_transcoder")
+_thresholds, _budgets = OBJECTIVES[:6], ("topk", "abs_topk", "batch_topk", "mutual_choice", "feature_choice")
 
 
 def _check(r:Recipe) -> Recipe:
     "Refuse values that make no sense; one sentence each."
     def need(ok, what):
         if not ok: raise ValueError(f"Recipe {r.name!r}: {what}.")
-    need(r.gate in GATES, f"unknown gate {r.gate!r}, choose one of {', '.join(GATES)}")
-    need(r.objective in OBJECTIVES, f"unknown objective {r.objective!r}, choose one of {', '.join(OBJECTIVES)}")
-    need(r.objective not in ("balanced", "l0_target", "l0") or r.gate == "jumprelu", f"objective {r.objective!r} acts on thresholds, which gate {r.gate!r} does not have")
-    need(r.l0 is not None or r.objective in ("l0", "l1"), f"objective {r.objective!r} needs a target, give l0")
+    for value, known, what in ((r.gate, GATES, "gate"), (r.objective, OBJECTIVES, "objective"), (r.model, MODELS, "model"), (r.kernel, KERNELS, "kernel"),
+                               (r.parametrisation, ("log", "raw"), "parametrisation"), (r.b_dec, ("mean", "median", "zero"), "b_dec"), (r.decoder_norm, ("unit", "free"), "decoder_norm"),
+                               (r.quotas, ("zipf", "uniform"), "quotas"), (r.warmup_shape, ("linear", "cosine"), "warmup_shape"), *((a, AUXILIARIES, "auxiliary") for a in r.auxiliary)):
+        need(value in known, f"unknown {what} {value!r}, choose one of {', '.join(known)}")
+    need(r.objective not in _thresholds or r.gate == "jumprelu", f"objective {r.objective!r} acts on thresholds, which gate {r.gate!r} does not have")
+    need((r.objective == "gated_l1") == (r.gate == "gated"), "the gate 'gated' and the objective 'gated_l1' belong together")
+    need(r.objective != "none" or r.gate in _budgets, f"with gate {r.gate!r} nothing makes the latents sparse: give an objective")
+    need(r.gate not in _budgets or r.objective == "none", f"gate {r.gate!r} fixes the L0 itself, so an objective {r.objective!r} has nothing to do")
+    need("multi_topk" not in r.auxiliary or r.gate == "topk", "multi_topk needs the gate 'topk'")
+    need("frequency" not in r.auxiliary or r.gate == "jumprelu", "the frequency penalty acts on thresholds, which only gate 'jumprelu' has")
+    need(r.l0 is not None or r.objective not in ("balanced", "l0_target", "quadratic_l0", "none"), f"objective {r.objective!r} with gate {r.gate!r} needs a target, give l0")
     need(r.l0 is None or r.l0 > 0, f"l0 must be positive, got {r.l0}")
+    need(not r.prefixes or list(r.prefixes) == sorted(set(r.prefixes)) and r.prefixes[0] > 0 and r.prefixes[-1] == 1, f"prefixes must be growing shares of the latents that end with 1, got {r.prefixes}")
+    need(not r.prefixes or r.model == "sae" and r.gate != "gated", "prefixes go with the model 'sae' and any gate but 'gated'")
+    need(r.model != "tied" or r.decoder_norm == "unit" and r.enc_scale == 1, "a tied SAE has unit rows and enc_scale 1")
+    need("transcoder" not in r.model or not r.pre_encoder_bias, "a transcoder's b_dec lives where its output does: pre_encoder_bias must be False")
+    need("transcoder" not in r.model or not r.auxiliary, "auxiliary terms are for SAEs")
+    need(r.dec_norm == 1 or r.decoder_norm == "free", f"rows of length {r.dec_norm:g} need decoder_norm 'free'")
     need(r.batch_size >= 1, f"batch_size must be at least 1, got {r.batch_size}")
     need(r.lr is None or r.lr > 0, f"lr must be positive, got {r.lr}")
     need(r.threshold is None or r.threshold > 0, f"the initial threshold must be positive, got {r.threshold}")
     need(r.threshold is not None or r.l0 is not None or r.gate != "jumprelu", "without an initial threshold it needs l0 to find one")
-    need(r.bandwidth > 0 and (r.relative_bandwidth is None or r.relative_bandwidth > 0), "the bandwidth must be positive")
-    need(all(0 <= b < 1 for b in r.betas), f"betas must lie in [0, 1), got {r.betas}")
+    need(r.bandwidth > 0 and (r.relative_bandwidth in (None, "advised") or not isinstance(r.relative_bandwidth, str) and r.relative_bandwidth > 0), "the bandwidth must be positive, and a relative one a number, 'advised' or None")
+    need(r.coefficient is None or r.coefficient > 0, f"the coefficient must be positive, got {r.coefficient}")
+    need(all(0 <= b < 1 for b in r.betas) and len(r.betas) == 2, f"betas must be two numbers in [0, 1), got {r.betas}")
+    need(all(0 < t < 1 for t in r.resample), f"resample takes shares of the training between 0 and 1, got {r.resample}")
+    need(0 < r.p_end <= 1 and 0 <= r.p_from < 1, f"p_anneal needs 0 < p_end ≤ 1 and 0 ≤ p_from < 1, got {r.p_end}, {r.p_from}")
+    need(r.omega0 > 0 and r.dead_after > 0 and r.dec_norm > 0 and (r.k_aux is None or r.k_aux >= 1), "omega0, dead_after, dec_norm and k_aux must be positive")
     return r
 
-# %% ../../nbs/train/00_recipes.ipynb #61f223c7
-_long = dict(objective="l0", threshold=.001, bandwidth=.001, relative_bandwidth=None, parametrisation="log", enc_scale=1., calibrate=False, l0=None,
-             lr=7e-5, lr_threshold=7e-5, betas=(0., .999), batch_size=4096, warmup=1000*4096, warmup_start=.1, decay=0., penalty_warmup=10_000*4096)
-RECIPES: dict[str, Recipe] = {r.name: r for r in (
+# %% ../../nbs/train/00_recipes.ipynb #5101318d
+_k = dict(objective="none", calibrate=False)
+_penalty = dict(calibrate=False, l0_gain=.02, penalty_warmup=.05)
+_short = [
     Recipe("practical", "ablation study of this project"),
-    Recipe("paper", "Rajamanoharan et al. 2024, arXiv 2407.14435", coefficient=1e-3, pre_encoder_bias=False, b_dec_mean=False, **_long),
-    Recipe("gemma_scope", "Lieberum et al. 2024, arXiv 2408.05147, §3.2", coefficient=6e-4, b_dec_mean=False, **_long),
-    Recipe("topk", "Gao et al. 2024, arXiv 2406.04093, with the learning rate and initialisation of `practical`; no AuxK", gate="topk", objective="none", calibrate=False),
-    Recipe("relu_l1", "Bricken et al. 2023, with λ steered to the wanted L0", gate="relu", objective="l1", coefficient=.1, penalty_warmup=.05, l0_gain=.02, enc_scale=1., calibrate=False),
-)}
+    Recipe("l0_target", "the classical form of `practical`: a written loss instead of a controller", objective="l0_target", coefficient=3., l0_start=1., parametrisation="raw", lr_threshold=3e-3),
+    Recipe("quadratic_frequency", "the loss of the GDM mechanistic interpretability update of March 2025, as we read its prose", objective="quadratic_frequency", **_penalty, l0_start=1.),
+    Recipe("topk", "Gao et al. 2024, arXiv 2406.04093", gate="topk", **_k),
+    Recipe("topk_auxk", "Gao et al. 2024, arXiv 2406.04093, with its remedy for dead latents", gate="topk", auxiliary=("auxk",), **_k),
+    Recipe("multi_topk", "Gao et al. 2024, arXiv 2406.04093, § on progressive codes", gate="topk", auxiliary=("multi_topk",), **_k),
+    Recipe("abs_topk", "arXiv 2510.00404", gate="abs_topk", **_k),
+    Recipe("batch_topk", "Bussmann et al. 2024, arXiv 2412.06410", gate="batch_topk", **_k),
+    Recipe("matryoshka", "Bussmann et al. 2025, arXiv 2503.17547", gate="batch_topk", prefixes=(1/16, 1/8, 1/4, 1/2, 1.), **_k),
+    Recipe("matryoshka_jumprelu", "the prefixes of arXiv 2503.17547 over JumpReLU, as Gemma Scope 2 does", prefixes=(1/16, 1/8, 1/4, 1/2, 1.)),
+    #C Recipe("mutual_choice", "Ayonrinde 2024, arXiv 2411.02124", gate="mutual_choice", **_k),
+    #C Recipe("feature_choice", "Ayonrinde 2024, arXiv 2411.02124; quotas and aux_zipf as defined by us", gate="feature_choice", auxiliary=("aux_zipf",), **_k),
+    Recipe("gated", "Rajamanoharan et al. 2024, arXiv 2404.16014", gate="gated", objective="gated_l1", **_penalty),
+    Recipe("relu_l1", "Bricken et al. 2023, Towards Monosemanticity", gate="relu", objective="l1", enc_scale=1., **_penalty),
+    Recipe("ri_l1", "Anthropic, Circuits Updates April 2024", gate="relu", objective="ri_l1", enc_scale=1., decoder_norm="free", pre_encoder_bias=False, **_penalty),
+    Recipe("tied_relu", "Cunningham et al. 2023, arXiv 2309.08600", model="tied", gate="relu", objective="l1", enc_scale=1., pre_encoder_bias=False, b_dec="zero", **_penalty),
+    Recipe("p_anneal", "Karvonen et al. 2024, arXiv 2408.00113", gate="relu", objective="p_anneal", enc_scale=1., **_penalty),
+    Recipe("transcoder", "Dunefsky et al. 2024, arXiv 2406.11944, with JumpReLU as in Gemma Scope", model="transcoder", pre_encoder_bias=False),
+    Recipe("skip_transcoder", "Paulo et al. 2025, arXiv 2501.18823, with JumpReLU as in Gemma Scope 2", model="skip_transcoder", pre_encoder_bias=False),
+]
+
+# %% ../../nbs/train/00_recipes.ipynb #61f223c7
+def _published(name:str, source:str, ours:dict|None=None, **stated) -> Recipe:
+    "A recipe whose values come from a source, except `ours`."
+    return Recipe(name, source, (*stated,), **stated, **({"calibrate": False} | (ours or {})))
+
+
+_gdm = dict(gate="jumprelu", threshold=.001, bandwidth=.001, relative_bandwidth=None, parametrisation="log", enc_scale=1., pre_encoder_bias=True, decoder_norm="unit", b_dec="zero", lr=7e-5, lr_threshold=7e-5,
+            betas=(0., .999), eps=1e-8, batch_size=4096, warmup=1000*4096, warmup_shape="cosine", warmup_start=.1, decay=0., kernel="rectangle", ste_to_input=False)
+_long = [
+    _published("paper", "Rajamanoharan et al. 2024, arXiv 2407.14435", dict(l0=None, coefficient=1e-3), objective="l0", penalty_warmup=10_000*4096, **_gdm | dict(pre_encoder_bias=False)),
+    _published("gemma_scope", "Lieberum et al. 2024, arXiv 2408.05147, §3.2", dict(l0=None), objective="l0", coefficient=6e-4, penalty_warmup=10_000*4096, **_gdm),
+    _published("gemma_scope_2", "Gemma Scope 2 technical report, 2025", dict(coefficient=1e-3, omega0=.1, prefixes=(1/16, 1/8, 1/4, 1/2, 1.), l0=50.), objective="quadratic_l0", auxiliary=("frequency",),
+               penalty_warmup=50_000*4096, **_gdm),
+    _published("anthropic_2025", "Anthropic, Circuits Updates January 2025", dict(l0=None, parametrisation="log", lr_threshold=2e-4, b_dec="zero", dec_norm=1.), gate="jumprelu", objective="tanh", coefficient=20., tanh_scale=4.,
+               pre_act=3e-6, penalty_warmup=1., threshold=1.105, bandwidth=2., relative_bandwidth=None, ste_to_input=True, lr=2e-4, betas=(.9, .999), grad_clip=1., batch_size=32_768, warmup=0., decay=.2,
+               decoder_norm="free", pre_encoder_bias=False),
+    _published("relu_april_2024", "Anthropic, Circuits Updates April 2024", dict(l0=None, lr=5e-5, batch_size=4096), gate="relu", objective="ri_l1", coefficient=5., penalty_warmup=.05, decay=.2, warmup=0., betas=(.9, .999),
+               grad_clip=1., dec_norm=.1, enc_scale=1., b_dec="zero", pre_encoder_bias=False, decoder_norm="free"),
+    _published("bricken_2023", "Bricken et al. 2023, Towards Monosemanticity", dict(l0=None, coefficient=.1, batch_size=8192, lr=1e-3, warmup=0., decay=0., betas=(.9, .999), enc_scale=1.), gate="relu", objective="l1",
+               resample=(.125, .25, .375, .5), decoder_norm="unit", pre_encoder_bias=True, b_dec="median"),
+    _published("cunningham_2023", "Cunningham et al. 2023, arXiv 2309.08600", dict(l0=None, warmup=0., decay=0., enc_scale=1., betas=(.9, .999)), model="tied", gate="relu", objective="l1", coefficient=.11, lr=1e-3,
+               batch_size=2048, pre_encoder_bias=False, decoder_norm="unit", b_dec="zero"),
+    _published("gated_2024", "Rajamanoharan et al. 2024, arXiv 2404.16014", dict(l0=None, coefficient=.1, enc_scale=1., lr_threshold=5e-5, batch_size=4096, decay=0., eps=1e-8), gate="gated", objective="gated_l1", lr=5e-5,
+               betas=(0., .999), warmup=1000*4096, penalty_warmup=2000*4096, decoder_norm="unit", pre_encoder_bias=True, b_dec="zero", resample=(.25, .5)),
+    _published("topk_2024", "Gao et al. 2024, arXiv 2406.04093", dict(warmup=0.), gate="topk", objective="none", auxiliary=("auxk",), lr=1e-4, eps=6.25e-10, betas=(.9, .999), decay=0., batch_size=131_072,
+               aux_coefficient=1/32, k_aux=256, dead_after=10_000_000, enc_scale=1., b_dec="median", decoder_norm="unit", pre_encoder_bias=True, l0_start=1.),
+    _published("batch_topk_2024", "Bussmann et al. 2024, arXiv 2412.06410", dict(enc_scale=1., warmup=0.), gate="batch_topk", objective="none", auxiliary=("auxk",), lr=3e-4, betas=(.9, .99), decay=0., batch_size=4096,
+               aux_coefficient=1/32, k_aux=512, dead_after=5*4096, decoder_norm="unit", pre_encoder_bias=True, b_dec="zero", l0_start=1.),
+    _published("matryoshka_2025", "Bussmann et al. 2025, arXiv 2503.17547", dict(enc_scale=1., warmup=0.), gate="batch_topk", objective="none", auxiliary=("auxk",), prefixes=(1/16, 1/8, 1/4, 1/2, 1.), lr=3e-4, betas=(.9, .99),
+               decay=0., batch_size=4096, aux_coefficient=1/32, k_aux=512, dead_after=20*4096, decoder_norm="unit", pre_encoder_bias=True, b_dec="zero", l0=32., l0_start=1.),
+    _published("p_anneal_2024", "Karvonen et al. 2024, arXiv 2408.00113", dict(l0=None, enc_scale=1., batch_size=8192, decay=0.), gate="relu", objective="p_anneal", coefficient=.1, p_end=.2, lr=1e-3, betas=(.9, .999),
+               warmup=1000*8192, penalty_warmup=2000*8192, decoder_norm="unit", pre_encoder_bias=True, b_dec="zero"),
+    _published("quadratic_frequency_2025", "GDM mechanistic interpretability update, March 2025 (loss rebuilt from prose)", dict(l0=None, coefficient=6e-4), objective="quadratic_frequency", omega0=.1, penalty_warmup=10_000*4096, **_gdm),
+]
+RECIPES: dict[str, Recipe] = {r.name: _check(r) for r in _short + _long}
 
 
 def get_recipe(
@@ -116,86 +219,8 @@ def get_recipe(
 ) -> Recipe:
     "Look a recipe up and change some of its fields."
     if isinstance(recipe, str):
-        if recipe not in RECIPES: raise ValueError(f"Unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}.")
+        if recipe not in RECIPES:
+            near = get_close_matches(recipe, RECIPES, 1, .5)
+            raise ValueError(f"Unknown recipe {recipe!r}" + (f", did you mean {near[0]!r}? If not," if near else ":") + f" choose one of {', '.join(RECIPES)}.")
         recipe = RECIPES[recipe]
     return recipe.but(**fields)
-
-# %% ../../nbs/train/00_recipes.ipynb #2bd000c1
-def duration(
-    d:float, # share of the training up to 1, tokens beyond
-    tokens:int, # length of the training
-) -> float: # share of the training; may exceed 1
-    "Turn a recipe's duration into a share of the training."
-    return d if d <= 1 else d / tokens
-
-
-def lr_factor(
-    r:Recipe, # warm-up and decay
-    progress:float, # share of the training already used, 0 to 1
-    tokens:int, # length of the training
-) -> float: # multiplies both learning rates
-    "Rise, stay, fall linearly to 0."
-    up, down = duration(r.warmup, tokens), duration(r.decay, tokens)
-    rise = 1. if progress >= up else r.warmup_start + (1 - r.warmup_start) * progress / up
-    return rise * (1. if down == 0 else min(1., (1 - progress) / down))
-
-
-def threshold_travel(
-    r:Recipe, # with its learning rate and batch size
-    tokens:int, # length of the training
-) -> float: # largest possible |Δ ln θ| by gradient steps
-    "How far, in nats, Adam can move ln θ in this training."
-    steps = max(1, math.ceil(tokens / r.batch_size))
-    mean_factor = sum(lr_factor(r, (i + .5) / 200, tokens) for i in range(200)) / 200
-    travel = steps * mean_factor * r.lr_threshold
-    return travel if r.parametrisation == "log" else travel / (r.threshold or .03)
-
-# %% ../../nbs/train/00_recipes.ipynb #37667a4a
-def advice(
-    r:Recipe, # what is about to be trained
-    d_in:int, # width of the activations
-    d_sae:int, # number of latents
-    tokens:int, # length of the training
-) -> list[str]: # sentences, each with a remedy; empty if nothing looks wrong
-    "What is likely to go wrong with this recipe at this length."
-    out = []
-    if r.gate == "jumprelu" and r.objective in ("l0", "l0_target") and (travel := threshold_travel(r, tokens)) < 2:
-        out.append(f"In {tokens:,} tokens the recipe {r.name!r} can move its thresholds by a factor of {math.exp(travel):.2f} at most, so they stay near {r.threshold or 'their start'} and the SAE will not "
-                   f"become sparse: use recipe='practical', or lr_threshold ≥ {2 * r.lr_threshold / travel:.2g}, or more tokens.")
-    if duration(r.penalty_warmup, tokens) > 1: out.append(f"The penalty's warm-up of {r.penalty_warmup:,.0f} tokens is longer than the training of {tokens:,}: the penalty never reaches its coefficient.")
-    if duration(r.warmup, tokens) > 1: out.append(f"The learning rate's warm-up of {r.warmup:,.0f} tokens is longer than the training of {tokens:,}.")
-    if tokens / r.batch_size < 200: out.append(f"{tokens:,} tokens are only {math.ceil(tokens / r.batch_size)} steps of {r.batch_size:,}: use a smaller batch_size or more tokens.")
-    if r.l0 and r.l0 > d_in / 2: out.append(f"An l0 of {r.l0:g} is more than half of the {d_in} dimensions: almost any dictionary reconstructs then, and latents mean little.")
-    return out
-
-# %% ../../nbs/train/00_recipes.ipynb #a1d38128
-def learning_rate(
-    r:Recipe, # with or without an explicit `lr`
-    d_in:int, # width of the activations
-) -> float: # for weights and biases
-    "The recipe's learning rate, or the rule .125 √(B/2048) / √d."
-    return r.lr if r.lr is not None else .125 * math.sqrt(r.batch_size / 2048) / math.sqrt(d_in)
-
-
-def build_gate(
-    r:Recipe, # describes the gate
-    d_sae:int, # number of latents
-) -> Gate: # thresholds at a provisional value if they are to come from the data
-    "Make the recipe's gate."
-    if r.l0 is not None and r.l0 > d_sae: raise ValueError(f"An l0 of {r.l0:g} is more than the {d_sae} latents of the SAE: choose a smaller l0 or a larger d_sae.")
-    if r.gate == "topk": return make_gate("topk", d_sae, k=max(1, round(r.l0)))
-    if r.gate == "jumprelu": return make_gate("jumprelu", d_sae, threshold=r.threshold or .03, bandwidth=r.bandwidth, kernel=r.kernel, parametrisation=r.parametrisation,
-                                              relative_bandwidth=r.relative_bandwidth, ste_to_input=r.ste_to_input)
-    return make_gate(r.gate, d_sae)
-
-
-def build_objective(
-    r:Recipe, # describes the objective
-    tokens:int, # length of the training
-) -> Objective:
-    "Make the recipe's objective."
-    warmup, target = duration(r.penalty_warmup, tokens), r.l0 if r.steer else None
-    if r.objective == "balanced": return Balanced(r.l0, r.l0_gain, r.l0_start, duration(r.l0_ramp, tokens))
-    if r.objective == "l0_target": return L0Target(r.l0, r.coefficient or 3., warmup)
-    if r.objective in ("l0", "l1"): return (L0 if r.objective == "l0" else L1)(r.coefficient, warmup, target, r.l0_gain)
-    return Objective()

@@ -21,9 +21,13 @@ from torch import Tensor, nn
 from ..data.activations import Activations
 from ..data.lm import LanguageModel
 from ..sae.model import SAE, threshold_for_l0, write_atomically
-from ..sae.objectives import reconstruction_loss
+from ..sae.l1family import resample_
+from ..sae.objectives import reconstruction_loss, update_
+from ..sae.sparse import Codes, codes_of
 from ..sae.ste import KERNELS
-from .recipes import Recipe, advice, build_gate, build_objective, get_recipe, learning_rate, lr_factor
+from .advisor import settle
+from .build import advice, build_objective, build_sae, duration, lr_factor
+from .recipes import Recipe, get_recipe
 
 if TYPE_CHECKING: from plotly.graph_objects import Figure
 
@@ -43,30 +47,36 @@ class Trainer:
     ):
         self.acts, self.recipe, self.tokens, self.seed = acts, recipe, int(tokens), seed
         self.steps, self.step_no = math.ceil(self.tokens / recipe.batch_size), 0
-        d_in, sample = acts.d_in, acts.sample(8192).float().cpu()      # the SAE is made on the CPU, and the same on every device
-        scale = sample.square().sum(-1).mean().sqrt().item()
-        if not math.isfinite(scale): raise ValueError(f"{acts.name}: NaN or infinity in a sample of {len(sample):,} activations: run the model in float32, or clean the data.")
-        if scale == 0: raise ValueError(f"{acts.name}: all zero in a sample of {len(sample):,} activations, so there is no scale to train at.")
-        u = sample / scale
-        self.sae = SAE(d_in, d_sae, build_gate(recipe, d_sae), scale=scale, pre_encoder_bias=recipe.pre_encoder_bias, decoder_norm=recipe.decoder_norm)
-        self.sae.init_(seed, recipe.enc_scale, u.mean(0) if recipe.b_dec_mean else None)
-        if recipe.gate == "jumprelu" and recipe.threshold is None:
-            share = recipe.l0_start if recipe.objective == "balanced" else 1.
-            self.sae.gate.set_threshold_(max(threshold_for_l0(self.sae.pre_acts(u).detach(), share * recipe.l0), 1e-6))
+        self.split = getattr(acts, "split", None)                      # pairs (x, y) come as rows [x | y]
+        x, y = self.halves(acts.sample(8192).float().cpu())            # the SAE is made on the CPU, and the same on every device
+        scale = x.square().sum(-1).mean().sqrt().item()
+        if not math.isfinite(scale): raise ValueError(f"{acts.name}: NaN or infinity in a sample of {len(x):,} activations: run the model in float32, or clean the data.")
+        if scale == 0: raise ValueError(f"{acts.name}: all zero in a sample of {len(x):,} activations, so there is no scale to train at.")
+        self.recipe, self.advice = recipe, _ = settle(recipe, x / scale, y / scale, d_sae, self.tokens, seed)   # numbers in every place
+        self.sae = build_sae(recipe, x / scale, y / scale, d_sae, seed)
+        self.sae.scale.fill_(scale)
         self.sae.to(device); self.device = self.sae.device
-        self.objective = build_objective(recipe, self.tokens)
-        self.base_lr = learning_rate(recipe, d_in)
-        self.weights, thresholds = [self.sae.W_enc, self.sae.b_enc, self.sae.W_dec, self.sae.b_dec], list(self.sae.gate.parameters())
+        self.objective = build_objective(recipe, self.tokens, self.sae.d_in, d_sae)
+        self.base_lr = recipe.lr
+        thresholds = [p for n, p in self.sae.named_parameters() if n.startswith("gate.") and p.requires_grad]
+        self.weights = [p for n, p in self.sae.named_parameters() if not n.startswith("gate.") and p.requires_grad]
         groups = [dict(params=self.weights, lr=self.base_lr)] + ([dict(params=thresholds, lr=recipe.lr_threshold)] if thresholds else [])
         self.opt = torch.optim.Adam(groups, betas=tuple(float(b) for b in recipe.betas), eps=recipe.eps, fused=self.device.type in ("cpu", "cuda"))
         self.loader = acts.loader(recipe.batch_size, seed=seed)
+        self.resample_at = sorted(math.ceil(share * self.steps) for share in recipe.resample)
         # what the log reports, summed on the device since its last line
         zero = lambda *s: torch.zeros(*s, device=self.device)
         self.sums = dict(error=zero(()), variance=zero(()), l0=zero(()), steps=zero(()))
         self.silent_for = zero(d_sae)                                     # tokens since each latent last fired
-        self.mean = u.mean(0).to(self.device)
+        self.mean = (y / scale).mean(0).to(self.device)
         t = self.sae.gate.inference_threshold()
         self.start_threshold = None if t is None else t.clone()
+
+    def halves(self,
+        rows:Tensor, # (n, d_in) activations, or (n, d_in + d_out) pairs
+    ) -> tuple[Tensor, Tensor]: # what is read, and what is to be reconstructed
+        "Split rows of pairs; an SAE reconstructs what it reads."
+        return (rows, rows) if self.split is None else (rows[:, :self.split], rows[:, self.split:])
 
     @property
     def progress(self) -> float:
@@ -75,29 +85,23 @@ class Trainer:
 
     def step(self,
         x:Tensor, # (batch, d_in) raw activations
-    ) -> Tensor: # (batch, d_sae) pre-activations, for diagnostics
+    ) -> Codes: # of the batch, for diagnostics
         "One step of training."
         sae, r, progress = self.sae, self.recipe, self.progress
         f_lr = lr_factor(r, (self.step_no + .5) / self.steps, self.tokens)
         for group, lr in zip(self.opt.param_groups, (self.base_lr, r.lr_threshold)): group["lr"] = lr * f_lr
-        u = x.to(self.device, torch.float32) / sae.scale
-        z = sae.pre_acts(u); f = sae.gate(z); u_hat = sae.reconstruct(f)
-        error = reconstruction_loss(u, u_hat)
-        self.opt.zero_grad(set_to_none=True)
-        (error + self.objective.penalty(sae, z, f, progress)).backward()
+        u, y = self.halves(x.to(self.device, torch.float32) / sae.scale)
+        self.objective.before_step_(sae, progress)
+        codes = codes_of(sae, u, "table" if self.objective.needs_table else "auto", y, self.silent_for)
+        error = update_(sae, self.objective, self.opt, codes, progress, r.grad_clip)
         with torch.no_grad():
-            self.objective.adjust_grads_(sae, z)
-            sae.project_grad_()
-            if r.grad_clip: nn.utils.clip_grad_norm_(self.weights, r.grad_clip)
-            self.opt.step()
-            sae.project_()
-            fired = f != 0
-            l0 = fired.sum(dtype=torch.float32) / len(f)
-            self.objective.after_step_(sae, l0, progress)
-            for k, v in dict(error=error.detach(), variance=reconstruction_loss(u, self.mean), l0=l0, steps=1).items(): self.sums[k] += v
-            self.silent_for = torch.where(fired.any(0), 0., self.silent_for + len(f))
+            for k, v in dict(error=error, variance=reconstruction_loss(y, self.mean), l0=codes.l0, steps=1).items(): self.sums[k] += v
+            self.silent_for = torch.where(codes.fired, 0., self.silent_for + len(u))
         self.step_no += 1
-        return z.detach()
+        if self.resample_at and self.step_no >= self.resample_at[0]:
+            self.resample_at = self.resample_at[1:]
+            resample_(sae, self.opt, u, self.silent_for, duration(r.dead_after, self.tokens) * self.tokens, seed=self.seed + self.step_no)
+        return codes
 
     def state_dict(self) -> dict:
         return dict(sae=self.sae.state_dict(), opt=self.opt.state_dict(), objective=self.objective.state_dict(), loader=self.loader.state_dict(), step_no=self.step_no,
@@ -106,11 +110,12 @@ class Trainer:
     def load_state_dict(self, d:dict) -> None:
         self.sae.load_state_dict(d["sae"]); self.opt.load_state_dict(d["opt"]); self.objective.load_state_dict(d["objective"]); self.loader.load_state_dict(d["loader"])
         self.step_no, self.start_threshold = d["step_no"], d["start_threshold"]
+        self.resample_at = [n for n in self.resample_at if n > self.step_no]
         self.sums = {k: v.to(self.device) for k, v in d["sums"].items()}
         self.silent_for, self.mean = d["silent_for"].to(self.device), d["mean"].to(self.device)
 
 # %% ../../nbs/train/01_trainer.ipynb #60c55b9c
-def _measure(t:Trainer, z:Tensor) -> dict[str, float]:
+def _measure(t:Trainer, codes:Codes) -> dict[str, float]:
     "One line of the log, from the sums since the last one; reads the device once."
     d, gate = {}, t.sae.gate
     n = t.sums["steps"].clamp_min(1)
@@ -120,9 +125,8 @@ def _measure(t:Trainer, z:Tensor) -> dict[str, float]:
         theta = gate.threshold.detach()
         d["theta_10"], d["theta_50"], d["theta_90"] = theta.quantile(torch.tensor([.1, .5, .9], device=theta.device)) * t.sae.scale
         d["theta_moved"] = (theta.clamp_min(1e-12) / t.start_threshold.to(theta).clamp_min(1e-12)).log().abs().median()
-        d["in_window"] = (KERNELS[gate.kernel]((z - theta) / gate.bandwidth) > 0).sum() / z.shape[-1]
-    for name in t.objective.state:
-        if getattr(t.objective, name) is not None: d[name] = torch.as_tensor(getattr(t.objective, name))
+        d["in_window"] = (KERNELS[gate.kernel]((codes.z.detach() - codes.spread(theta)) / gate.bandwidth) > 0).sum() / t.sae.d_sae
+    d |= {k: torch.as_tensor(v) for k, v in t.objective.state_dict().items() if v is not None and torch.as_tensor(v).numel() == 1}
     values = torch.stack([v.detach().float().reshape(()).to(t.device) for v in d.values()]).tolist()
     for v in t.sums.values(): v.zero_()
     return dict(zip(d, values))
@@ -275,7 +279,7 @@ def train(
     if resume and (out/"checkpoint.pt").exists(): log, spent = _load_checkpoint(out/"checkpoint.pt", trainer, identity)
     elif resume and (out/"sae_weights.safetensors").exists(): return Run(SAE.load(out, device), read_log(out), recipe, out)
     with _finish_step_on_signal() as stop: spent = _loop(trainer, log, spent, identity, out, stop, live, progress, track, checkpoint_seconds)
-    sae = _finish(trainer, recipe, origin | dict(recipe=recipe.to_dict(), seed=seed, training_tokens=trainer.steps * recipe.batch_size, l0=recipe.l0, training_seconds=round(spent, 1)))
+    sae = _finish(trainer, recipe, origin | dict(recipe=trainer.recipe.to_dict(), seed=seed, training_tokens=trainer.steps * recipe.batch_size, l0=recipe.l0, training_seconds=round(spent, 1)))
     if out is not None:
         sae.save(out)
         (out/"checkpoint.pt").unlink(missing_ok=True)
@@ -284,15 +288,15 @@ def train(
 # %% ../../nbs/train/01_trainer.ipynb #753b7ba6
 def _finish(trainer:Trainer, recipe:Recipe, metadata:dict) -> SAE:
     "Scale the thresholds to the wanted L0 on training tokens, and fold."
-    sae = trainer.sae
+    sae, x = trainer.sae, trainer.halves(trainer.acts.sample(20_480).to(trainer.device))[0]
     if recipe.calibrate and recipe.l0 and recipe.gate == "jumprelu":
         theta = sae.gate.inference_threshold()
-        z = sae.pre_acts((trainer.acts.sample(20_480).to(trainer.device) / sae.scale)).detach()
+        z = sae.pre_acts(x / sae.scale).detach()
         s = threshold_for_l0(z, recipe.l0, theta.clamp_min(1e-12))
         sae.gate.set_threshold_(theta.clamp_min(1e-12) * s)
         metadata["threshold_calibration"] = round(s, 4)
     sae.metadata = metadata
-    return sae.fold()
+    return sae.fold(calibrate=x if sae.gate.batch_dependent else None)
 
 # %% ../../nbs/train/01_trainer.ipynb #f66e7bf5
 def _loop(t:Trainer, log:list, spent:float, identity:dict, out:Path|None, stop:list, live:bool, progress:bool, track:str|None, checkpoint_seconds:float) -> float:
@@ -306,10 +310,10 @@ def _loop(t:Trainer, log:list, spent:float, identity:dict, out:Path|None, stop:l
     batches = iter(t.loader) if t.step_no < t.steps else None
     try:
         while t.step_no < t.steps:
-            z = t.step(next(batches)); bar.update(B)
+            codes = t.step(next(batches)); bar.update(B)
             if t.step_no % every == 0 or t.step_no == t.steps:
                 now = spent + time.perf_counter() - started
-                line = dict(tokens=t.step_no * B, seconds=round(now, 3), **_measure(t, z))
+                line = dict(tokens=t.step_no * B, seconds=round(now, 3), **_measure(t, codes))
                 line["tokens_per_second"] = round(B * every / max(1e-9, now - (log[-1]["seconds"] if log else 0.)))
                 if not math.isfinite(line["mse"]): raise FloatingPointError(f"Training diverged before token {line['tokens']:,} (the loss is {line['mse']}): lower lr" + (f"; the last good checkpoint in {out} is kept." if out else "."))
                 log.append(line)
