@@ -4,7 +4,7 @@ from itertools import islice, product
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import tensor
-from jumprelu_nb.data.ingredients import (Hierarchy, apply_hierarchy, directions, draw_loadings, fire, fire_exactly, generator, geometric, given_causes, magnitudes,
+from jumprelu_nb.data.ingredients import (Hierarchy, apply_hierarchy, directions, draw_loadings, fire, fire_exactly, generator, geometric, given_causes,
     orthogonalise, probabilities, share_kept, zipf)
 from jumprelu_nb.data.synthetic import PRESETS, Synthetic, preset, superposition
 from jumprelu_nb.sae.model import SAE
@@ -272,8 +272,9 @@ def test_other_refusals():
 # superposition
 
 def test_opposite_pair():
-    "Two sparse features share one dimension as +1 and −1; two dense ones do not"
-    sparse, dense = superposition(2, 1, .05, steps=800, batch_size=256), superposition(2, 1, 1., tensor([1., .5]), steps=800, batch_size=256)
+    "Two sparse features share one dimension as +1 and −1 (where they start on the same side they stay there, and lose more); two dense ones do not"
+    sparse = min((superposition(2, 1, .05, steps=800, batch_size=256, seed=s) for s in range(4)), key=lambda m: m.lost)
+    dense = superposition(2, 1, 1., tensor([1., .5]), steps=800, batch_size=256)
     a, b = sparse.W[0]
     assert a*b < 0 and min(abs(a), abs(b)) > .8
     assert torch.allclose(sparse.dimensionality, torch.full((2,), .5), atol=.03)

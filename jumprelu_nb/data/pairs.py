@@ -32,7 +32,7 @@ class Pairs(Activations):
         super().__init__(source.blocks, source.d_in, source.name, source.n_rows, source.device, fingerprint(source.mark, "split", split), source.seed)
         self.split = split
 
-    def __repr__(self): return super().__repr__()[:-1] + f" = {self.split} + {self.d_out})"
+    def __repr__(self): return "Pairs" + super().__repr__().removeprefix("Activations")[:-1] + f" = {self.split} + {self.d_out})"
 
     @property
     def d_out(self) -> int:

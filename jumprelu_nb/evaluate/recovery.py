@@ -93,7 +93,7 @@ def _scores(
     "Divide, in float64."
     return dict(precision=both / fired.clamp_min(1), recall=both / true.clamp_min(1), f1=2 * both / (fired + true).clamp_min(1), accuracy=1 - (fired + true - 2 * both) / n)
 
-
+# %% ../../nbs/evaluate/00b_recovery.ipynb #52781ee1
 class RecoveryStats:
     "Streaming sums that compare when latents fire with when true features do; two of them can be merged."
     _sums = ("both", "both_of", "true", "ratio", "nonzero", "broken", "negative")
@@ -353,7 +353,7 @@ def _samples(
     if x is not None: yield from zip(x[:tokens].split(rows), codes[:tokens].split(rows))
     else: yield from (truth.sample(min(rows, tokens - i), seed + i // rows) for i in range(0, tokens, rows))
 
-
+# %% ../../nbs/evaluate/00b_recovery.ipynb #8073bcae
 @torch.no_grad()
 def recovery(
     sae:SAE|Oracle, # the SAE, in any form, or an `oracle`

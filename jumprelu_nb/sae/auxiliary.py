@@ -39,7 +39,7 @@ def explained_share(
     norm = (e - e.mean(0)).square().sum(-1).mean()
     return torch.where(norm > 0, reconstruction_loss(e, e_hat) / norm.clamp_min(torch.finfo(norm.dtype).tiny), 0.)
 
-# %% ../../nbs/sae/03d_auxiliary.ipynb #f18c36a1
+# %% ../../nbs/sae/03d_auxiliary.ipynb #91116e29
 def default_k_aux(
     d_in:int, # width of the activations
 ) -> int: # at least 1
@@ -66,14 +66,19 @@ class AuxK(Objective):
         if codes.silent is None: raise ValueError("AuxK has to know for how many tokens each latent has been silent: give silent= to codes_of.")
         return codes.silent >= self.dead_after
 
-    def penalty(self, sae, codes, progress):
+    def penalty(self,
+        sae:SAE, # in training form
+        codes:Codes, # of the batch
+        progress:float, # share of the training tokens already used; unused
+    ) -> Tensor|float: # scalar
+        "The loss; exactly 0 while nobody is dead."
         dead = self.candidates(sae, codes).nonzero().squeeze(1)
         if len(dead) == 0: return 0.
         k = self.k_aux or default_k_aux(sae.d_in)
         e = (codes.target - codes.u_hat).detach()
         return self.coefficient * (min(len(dead) / k, 1.) if self.fade else 1.) * explained_share(e, explain(codes, dead, k))
 
-# %% ../../nbs/sae/03d_auxiliary.ipynb #466e7782
+# %% ../../nbs/sae/03d_auxiliary.ipynb #69dadacc
 def zipf_densities(
     n:int, # latents
     l0:float, # their sum, the mean number of active latents per token
@@ -86,7 +91,7 @@ def zipf_densities(
 
 class AuxZipf(AuxK):
     "AuxK for the dying as well as the dead: latents that fire less than half as often as Zipf's law expects at their rank. Our definition of the `aux_zipf` loss that arXiv 2411.02124 names."
-    state = ("count", "tokens")
+    state = ("count", "tokens", "seen")
 
     def __init__(self,
         k_aux:int|None=None, # how many dying latents may explain a token's error; default: `default_k_aux`
@@ -97,13 +102,13 @@ class AuxZipf(AuxK):
         fade:bool=True, # the factor min(|D|/k_aux, 1)
     ):
         super().__init__(k_aux, coefficient, fade=fade)
-        self.window, self.share, self.exponent, self.count, self.tokens = window, share, exponent, None, 0.
+        self.window, self.share, self.exponent, self.count, self.tokens, self.seen = window, share, exponent, None, 0., 0
 
     def candidates(self, sae, codes):
         fired, keep = codes.per_latent((codes.f.detach() != 0).float()), math.exp(-len(codes) / self.window)
         self.count = fired if self.count is None else keep * self.count.to(fired.device) + fired
-        self.tokens = keep * self.tokens + len(codes)
-        return self.dying() if self.tokens >= .63 * self.window else torch.zeros_like(fired, dtype=torch.bool)   # 1 − 1/e of the window
+        self.tokens, self.seen = keep * self.tokens + len(codes), self.seen + len(codes)
+        return self.dying() if self.seen >= self.window else torch.zeros_like(fired, dtype=torch.bool)
 
     def dying(self) -> Tensor: # (d_sae,) bool
         "Compare the densities seen, sorted, with Zipf's law of the same sum."
@@ -112,7 +117,7 @@ class AuxZipf(AuxK):
         expected = zipf_densities(len(density), float(density.sum()), self.exponent).to(density)
         return torch.zeros_like(density, dtype=torch.bool).scatter(0, order, ranked < self.share * expected)
 
-# %% ../../nbs/sae/03d_auxiliary.ipynb #d5dc88fb
+# %% ../../nbs/sae/03d_auxiliary.ipynb #2989e7a0
 def through(
     codes:Codes, # of one batch
     gate:Gate, # another gate, for the same latents
@@ -137,7 +142,12 @@ class MultiTopK(Objective):
         if k < 1 or factor <= 1: raise ValueError(f"The second selection must be larger than the first: k ≥ 1 and factor > 1, got k = {k} and factor = {factor}.")
         self.k, self.factor, self.weight = k, factor, weight
 
-    def penalty(self, sae, codes, progress):
+    def penalty(self,
+        sae:SAE, # in training form
+        codes:Codes, # of the batch
+        progress:float, # share of the training tokens already used; unused
+    ) -> Tensor|float: # scalar
+        "The weighted error of the second selection."
         many = round(self.factor * self.k)
         if many > sae.d_sae: raise ValueError(f"The second selection asks for {many} of {sae.d_sae} latents: choose a smaller factor or a wider SAE.")
         return self.weight * reconstruction_loss(codes.target, through(codes, TopKGate(sae.d_sae, many)).u_hat)

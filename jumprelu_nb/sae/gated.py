@@ -24,13 +24,24 @@ class GatedGate(Gate):
         super().__init__(d_sae)
         self.r_mag, self.b_gate, self.b_mag = (nn.Parameter(torch.zeros(d_sae)) for _ in range(3))   # log of the gain, bias of the decision, bias of the magnitude
 
-    def forward(self, z:Tensor) -> Tensor:
+    def forward(self,
+        z:Tensor, # (..., d_sae) pre-activations
+    ) -> Tensor: # (..., d_sae) activations
+        "Apply the gate."
         return torch.where(z + self.b_gate <= 0, 0, (self.r_mag.exp() * z + self.b_mag).relu()).to(z.dtype)     # NaN stays NaN
 
     @torch.no_grad()
-    def select(self, z:Tensor) -> Tensor: return z + self.b_gate > 0
+    def select(self,
+        z:Tensor, # (..., d_sae) pre-activations
+    ) -> Tensor: # (..., d_sae) bool
+        "Find the open gates: they carry the value of the gate path, whatever the activation is."
+        return z + self.b_gate > 0
 
-    def values(self, z:Tensor, at:Tensor) -> Tensor:
+    def values(self,
+        z:Tensor, # (n,) pre-activations at open gates
+        at:Tensor, # (n,) latent of each
+    ) -> Tensor: # (n,) activations
+        "Measure, where the decision is made already."
         return (self.r_mag.exp().index_select(0, at) * z + self.b_mag.index_select(0, at)).relu().to(z.dtype)
 
     def gate_path(self,

@@ -13,106 +13,54 @@ from .objectives import Penalised, ramp, reconstruction_loss
 from .sparse import Codes, codes_of
 
 # %% auto #0
-__all__ = ['RIL1', 'GatedL1', 'PAnneal', 'TiedSAE', 'resample_']
+__all__ = ['Steered', 'RIL1', 'TiedSAE', 'GatedL1', 'PAnneal', 'resample_']
 
 # %% ../../nbs/sae/03c_l1family.ipynb #9ee3af8b
-class RIL1(Penalised):
-    "λ·mean Σ f_i‖d_i‖, for free decoder rows: blind to how a latent's size is shared between f and d (Circuits Updates, April 2024)."
+class Steered(Penalised):
+    "A penalty whose λ is steered to a wanted L0 by integral and damping: ln λ += η e + κ Δe, e = ln(L0/L0*), cut off at ±1."
+    state = ("coefficient", "last")
+
+    def __init__(self,
+        coefficient:float, # λ, at E‖u‖² = 1
+        warmup:float=0., # share of the training over which λ rises from 0
+        l0:float|None=None, # target: λ is steered to reach it
+        gain:float=.05, # η, per step
+        damping:float=1., # κ; 0 leaves the integral alone
+    ):
+        super().__init__(coefficient, warmup, l0, gain)
+        self.damping, self.last = damping, None                  # e of the step before
+
+    def price(self,
+        codes:Codes, # of the batch
+        progress:float, # share of the training tokens already used
+    ) -> Tensor: # scalar
+        "λ at this moment."
+        return self.coefficient.to(codes.z.device) * ramp(progress, self.warmup)
+
+    @torch.no_grad()
+    def after_step_(self,
+        sae:SAE, # unused
+        l0:Tensor, # scalar, mean L0 of the batch just seen
+        progress:float, # share of the training tokens already used
+    ) -> None:
+        "Steer λ."
+        if self.l0 is None: return
+        e = (l0.clamp_min(1e-3) / self.l0).log().clamp(-1, 1)
+        if progress >= self.warmup:
+            change = 0. if self.last is None else e - self.last.to(e.device)
+            self.coefficient = self.coefficient.to(e.device) * (self.gain * e + self.damping * change).exp()
+        self.last = e
+
+# %% ../../nbs/sae/03c_l1family.ipynb #4713fe59
+class RIL1(Steered):
+    "λ·mean Σ f_i‖d_i‖, blind to how a latent's size is shared between f and d (Anthropic, Circuits Updates of April 2024). With unit rows, the plain L1."
     def penalty(self,
         sae:SAE, # in training form, usually with decoder_norm="free"
         codes:Codes, # of the batch
         progress:float, # share of the training tokens already used
     ) -> Tensor: # scalar
         "The mean length of what the latents write."
-        lam = self.coefficient.to(codes.z.device) * ramp(progress, self.warmup)
-        return lam * codes.mean(codes.f.abs() * codes.spread(sae.W_dec.norm(dim=-1)))
-
-# %% ../../nbs/sae/03c_l1family.ipynb #4713fe59
-class GatedL1(Penalised):
-    "λ·mean Σ ReLU(π_gate) + ‖u − û(ReLU(π_gate))‖² with the decoder held fixed (arXiv 2404.16014, eq. 8). Needs a `GatedGate` and unit decoder rows."
-    def penalty(self,
-        sae:SAE, # in training form
-        codes:Codes, # of the batch
-        progress:float, # share of the training tokens already used
-    ) -> Tensor: # scalar: price and auxiliary error
-        "Pay for the gate path, and ask it to reconstruct on its own, with a decoder that it cannot move."
-        if not hasattr(sae.gate, "gate_path"): raise ValueError(f"GatedL1 trains a gate with a gate path; {sae.gate.name!r} has none: make the SAE with gate=\"gated\".")
-        if sae.decoder_norm != "unit": raise ValueError("GatedL1 prices what is decoded with rows of length 1: make the SAE with decoder_norm=\"unit\".")
-        a = sae.gate.gate_path(codes.z, codes.at)
-        alone = codes.decode(a, sae.W_dec.detach()) + sae.offset(codes.u).detach()
-        return self.coefficient.to(a.device) * ramp(progress, self.warmup) * codes.mean(a) + reconstruction_loss(codes.target, alone)
-
-# %% ../../nbs/sae/03c_l1family.ipynb #989cbb9a
-class PAnneal(Penalised):
-    "λ·mean Σ f_i^p over active latents, p falling from 1 in equal steps, λ rescaled at each so that the penalty does not jump (Karvonen et al. 2024, arXiv 2408.00113, § 3.2)."
-    state = ("coefficient", "done", "queue")
-
-    def __init__(self,
-        coefficient:float, # λ at p = 1, at E‖u‖² = 1
-        p_end:float=.2, # the last p
-        updates:int=10, # number of steps from 1 to p_end
-        start:float=.3, # share of the training at which the first of them is made …
-        end:float=.9, # … and at which the last
-        batches:int=10, # whose means set the new λ
-        eps:float=1e-3, # ε_p: f^p means (f + ε_p)^p, whose slope is finite
-        warmup:float=0., # share of the training over which λ rises from 0
-        l0:float|None=None, # target: λ is steered to reach it
-        gain:float=.02, # η of the controller
-    ):
-        super().__init__(coefficient, warmup, l0, gain)
-        if not 0 < p_end <= 1: raise ValueError(f"p_end is {p_end}, but f^p has a slope only for 0 < p ≤ 1: choose .2 or so.")
-        if updates < 1 or not 0 <= start <= end <= 1: raise ValueError(f"{updates} updates from {start} to {end} are no schedule: give at least one, with 0 ≤ start ≤ end ≤ 1.")
-        self.p_end, self.updates, self.start, self.end, self.batches, self.eps = p_end, int(updates), start, end, batches, eps
-        self.done, self.queue = 0, torch.zeros(0, 2)             # updates made; (≤ batches, 2) mean Σ f^p at this p and at the next
-
-    def p(self,
-        done:int|None=None, # updates made; default: those so far
-    ) -> float: # 1 … p_end
-        "The exponent after so many updates."
-        return 1 + (self.p_end - 1) * min(self.done if done is None else done, self.updates) / self.updates
-
-    def due(self,
-        progress:float, # share of the training tokens already used
-    ) -> int: # 0 … updates
-        "How many updates should have been made by now."
-        return sum(progress >= self.start + (self.end - self.start) * k / max(1, self.updates - 1) - 1e-9 for k in range(self.updates))
-
-    def power(self,
-        codes:Codes, # of a batch
-        p:float, # exponent
-    ) -> Tensor: # scalar
-        "Mean over tokens of Σ (f + ε_p)^p over active latents."
-        return codes.mean(torch.where(codes.f > 0, (codes.f + self.eps)**p, 0))
-
-    def penalty(self,
-        sae:SAE, # in training form, with unit decoder rows
-        codes:Codes, # of the batch
-        progress:float, # share of the training tokens already used
-    ) -> Tensor: # scalar
-        "The price at the present p."
-        return self.coefficient.to(codes.z.device) * ramp(progress, self.warmup) * self.power(codes, self.p())
-
-    @torch.no_grad()
-    def adjust_grads_(self,
-        sae:SAE, # unused
-        codes:Codes, # of the batch
-    ) -> None:
-        "Note what the batch costs at this p and would cost at the next. After the last update there is no next."
-        if self.done == self.updates: return
-        now = torch.stack([self.power(codes, self.p(k)) for k in (self.done, self.done + 1)])
-        self.queue = torch.cat([self.queue.to(now), now[None]])[-self.batches:]
-
-    @torch.no_grad()
-    def after_step_(self,
-        sae:SAE, # after the optimizer step and the projections
-        l0:Tensor, # scalar, mean L0 of the batch just seen
-        progress:float, # share of the training tokens already used
-    ) -> None:
-        "Lower p if it is time; then steer λ."
-        if self.done < self.due(progress):
-            if len(self.queue): before, after = self.queue.sum(0); self.coefficient = self.coefficient.to(before) * before / after.clamp_min(1e-12)
-            self.done, self.queue = self.done + 1, self.queue[:0]
-        super().after_step_(sae, l0, progress)
+        return self.price(codes, progress) * codes.mean(codes.f.abs() * codes.spread(sae.W_dec.norm(dim=-1)))
 
 # %% ../../nbs/sae/03c_l1family.ipynb #578e27ff
 class TiedSAE(SAE):
@@ -143,6 +91,91 @@ class TiedSAE(SAE):
         if enc_scale != 1 or dec_norm != 1: raise ValueError("Encoder and decoder of a TiedSAE are one matrix with rows of length 1: leave enc_scale and dec_norm at 1.")
         if b_dec is not None and not self.pre_encoder_bias: raise ValueError("A TiedSAE subtracts its fixed centre before encoding: make it with pre_encoder_bias=True, or leave b_dec out.")
         return super().init_(seed, b_dec=b_dec)
+
+# %% ../../nbs/sae/03c_l1family.ipynb #989cbb9a
+class GatedL1(Steered):
+    "λ·mean Σ a_i‖d_i‖ + ‖u − û(a)‖² with the decoder held fixed, a = ReLU(π_gate) (arXiv 2404.16014, § 3.2, where ‖d_i‖ = 1). Needs a `GatedGate`."
+    def penalty(self,
+        sae:SAE, # in training form
+        codes:Codes, # of the batch
+        progress:float, # share of the training tokens already used
+    ) -> Tensor: # scalar: price and auxiliary error
+        "Pay for the gate path, and ask it to reconstruct on its own, with a decoder that it cannot move."
+        if not hasattr(sae.gate, "gate_path"): raise ValueError(f"GatedL1 trains a gate with a gate path; {sae.gate.name!r} has none: make the SAE with gate=\"gated\".")
+        a, fixed = sae.gate.gate_path(codes.z, codes.at), sae.W_dec.detach()
+        alone = codes.decode(a, fixed) + sae.offset(codes.u).detach()
+        return self.price(codes, progress) * codes.mean(a * codes.spread(fixed.norm(dim=-1))) + reconstruction_loss(codes.target, alone)
+
+# %% ../../nbs/sae/03c_l1family.ipynb #7d01ea68
+class PAnneal(Steered):
+    "λ·mean Σ f_i^p over active latents, p falling from 1 in equal steps, λ rescaled at each so that the penalty does not jump (Karvonen et al. 2024, arXiv 2408.00113, § 3.2)."
+    state = ("coefficient", "last", "done", "queue")
+
+    def __init__(self,
+        coefficient:float, # λ at p = 1, at E‖u‖² = 1
+        p_end:float=.2, # the last p
+        updates:int=10, # number of steps from 1 to p_end
+        start:float=.3, # share of the training at which the first of them is made …
+        end:float=.9, # … and at which the last
+        batches:int=10, # whose means set the new λ
+        eps:float=1e-3, # ε_p: f^p means (f + ε_p)^p, whose slope is finite
+        **steering, # warmup, l0, gain, damping: as for `Steered`
+    ):
+        super().__init__(coefficient, **steering)
+        if not 0 < p_end <= 1: raise ValueError(f"p_end is {p_end}, but f^p has a slope only for 0 < p ≤ 1: choose .2 or so.")
+        if updates < 1 or not 0 <= start <= end <= 1: raise ValueError(f"{updates} updates from {start} to {end} are no schedule: give at least one, with 0 ≤ start ≤ end ≤ 1.")
+        self.p_end, self.updates, self.start, self.end, self.batches, self.eps = p_end, int(updates), start, end, batches, eps
+        self.done, self.queue = 0, torch.zeros(0, 2)             # updates made; (≤ batches, 2) mean Σ f^p at this p and at the next
+
+    def p(self,
+        done:int|None=None, # updates made; default: those so far
+    ) -> float: # 1 … p_end
+        "The exponent after so many updates."
+        return 1 + (self.p_end - 1) * min(self.done if done is None else done, self.updates) / self.updates
+
+    def due(self,
+        progress:float, # share of the training tokens already used
+    ) -> int: # 0 … updates
+        "How many updates should have been made by now."
+        return sum(progress >= self.start + (self.end - self.start) * k / max(1, self.updates - 1) - 1e-9 for k in range(self.updates))
+
+    def power(self,
+        codes:Codes, # of a batch
+        p:float, # exponent
+    ) -> Tensor: # scalar
+        "Mean over tokens of Σ (f + ε_p)^p over active latents."
+        return codes.mean(torch.where(codes.f > 0, (codes.f + self.eps)**p, 0))
+
+    def penalty(self,
+        sae:SAE, # in training form, with unit decoder rows
+        codes:Codes, # of the batch
+        progress:float, # share of the training tokens already used
+    ) -> Tensor: # scalar
+        "The price at the present p."
+        if sae.decoder_norm != "unit": raise ValueError("PAnneal prices f alone, which free decoder rows would evade: make the SAE with decoder_norm=\"unit\".")
+        return self.price(codes, progress) * self.power(codes, self.p())
+
+    @torch.no_grad()
+    def adjust_grads_(self,
+        sae:SAE, # unused
+        codes:Codes, # of the batch
+    ) -> None:
+        "Note what the batch costs at this p and would cost at the next. After the last update there is no next."
+        if self.done == self.updates: return
+        now = torch.stack([self.power(codes, self.p(k)) for k in (self.done, self.done + 1)])
+        self.queue = torch.cat([self.queue.to(now), now[None]])[-self.batches:]
+
+    @torch.no_grad()
+    def after_step_(self,
+        sae:SAE, # after the optimizer step and the projections
+        l0:Tensor, # scalar, mean L0 of the batch just seen
+        progress:float, # share of the training tokens already used
+    ) -> None:
+        "Lower p if it is time; then steer λ."
+        if self.done < self.due(progress):
+            if len(self.queue): before, after = self.queue.sum(0); self.coefficient = self.coefficient.to(before) * before / after.clamp_min(1e-12)
+            self.done, self.queue = self.done + 1, self.queue[:0]
+        super().after_step_(sae, l0, progress)
 
 # %% ../../nbs/sae/03c_l1family.ipynb #cd8813f7
 def _forget_(opt:torch.optim.Optimizer, parameter:nn.Parameter, dim:int, latents:Tensor) -> None:

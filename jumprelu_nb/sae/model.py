@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from . import gated, topk  # noqa: F401  (they enter their gates into the register)
+from . import choice, gated, topk  # noqa: F401  (they enter their gates into the register)
 from .gates import Gate, JumpReLUGate, make_gate
 
 # %% auto #0

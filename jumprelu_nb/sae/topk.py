@@ -13,7 +13,7 @@ from torch import Tensor
 from .gates import GATES, Gate, TopKGate
 
 # %% auto #0
-__all__ = ['AbsTopKGate', 'nth_largest', 'largest', 'BatchGate', 'BatchTopKGate']
+__all__ = ['AbsTopKGate', 'nth_largest', 'numbers', 'largest', 'BatchGate', 'BatchTopKGate']
 
 # %% ../../nbs/sae/01b_topk.ipynb #549d1a8a
 class AbsTopKGate(TopKGate):
@@ -41,19 +41,22 @@ def nth_largest(
     n:int, # which: 1 is the largest of all
     guess:float=-math.inf, # a value that probably lies below it: then only what lies above the guess is searched
 ) -> Tensor: # 0-d
-    "Find what stands at place n when all entries are sorted, largest first (NaN before everything, as in `torch.sort`)."
-    if not 1 <= n <= z.numel(): raise ValueError(f"There is no {n}-th largest of {z.numel()} entries.")
-    if z.device.type != "cpu": return z.flatten().topk(n).values[-1]
-    v = _numbers(z)
+    "Find what stands at place n when all entries are sorted, largest first. NaN counts as +∞."
+    if not 1 <= n <= z.numel(): raise ValueError(f"There is no entry number {n} among {z.numel()}: ask for 1 to {z.numel()}.")
+    if z.device.type != "cpu": return z.flatten().nan_to_num(math.inf, math.inf, -math.inf).topk(n).values[-1]
+    v = numbers(z)
     if guess > -math.inf:
-        at = np.flatnonzero(~(v <= guess))
-        if len(at) >= n: v = v[at]                                     # n entries and more lie above the guess: those below it cannot be the n-th
+        above = v[np.flatnonzero(v > guess)]
+        if len(above) >= n: v = above                                  # n entries or more lie above the guess, so the n-th is one of them
     return torch.as_tensor(np.partition(v, len(v) - n)[len(v) - n], dtype=z.dtype)
 
 
-def _numbers(z):
-    "Entries of a tensor on the CPU, as a flat numpy array that may share its memory."
-    return (z if z.dtype in (torch.float32, torch.float64) else z.float()).detach().reshape(-1).numpy()
+def numbers(
+    z:Tensor, # on the CPU, any shape
+) -> np.ndarray: # flat, float32 or float64; shares memory with `z` where it can
+    "Look at a tensor as a flat numpy array in which NaN is +∞."
+    v = (z if z.dtype in (torch.float32, torch.float64) else z.float()).detach().reshape(-1)
+    return (v.nan_to_num(math.inf, math.inf, -math.inf) if v.sum().isnan() else v).numpy()
 
 # %% ../../nbs/sae/01b_topk.ipynb #f4308af0
 @torch.no_grad()
@@ -62,21 +65,17 @@ def largest(
     n:int, # how many entries of the whole table may be kept
     guess:float=-math.inf, # for `nth_largest`
 ) -> tuple[Tensor, Tensor]: # (..., d_sae) bool; 0-d, the smallest entry kept, 0 if there is none
-    "Mark the n largest positive entries of a table: exactly n if so many are positive; among equals, the first. NaN counts as largest."
+    "Mark the n largest positive entries of a table: exactly n if so many are positive; among equals, the first. NaN counts as +∞."
     if n < 1: return torch.zeros_like(z, dtype=torch.bool), z.new_zeros(())
     n = min(n, z.numel())
     if z.device.type != "cpu":
-        values, at = z.flatten().topk(n)
-        keep = ~(values <= 0)
-        low = torch.where(keep, values, math.inf).amin()
-        return torch.zeros(z.numel(), dtype=torch.bool, device=z.device).scatter(0, at, keep).view(z.shape), torch.where(low < math.inf, low, 0)
-    v, low = _numbers(z), nth_largest(z, n, guess)
-    t = low.item()
-    mask = np.isnan(v) if math.isnan(t) else ~(v < t) if t > 0 else ~(v <= 0)
-    if (surplus := np.count_nonzero(mask) - n) > 0:
-        ties = np.flatnonzero(mask if math.isnan(t) else v == t)
-        mask[ties[len(ties) - surplus:]] = False
-    if t <= 0: low = torch.as_tensor(v[mask].min() if mask.any() else 0., dtype=z.dtype)
+        values, at = z.flatten().nan_to_num(math.inf, math.inf, -math.inf).topk(n)
+        low = torch.where(values > 0, values, math.inf).amin()
+        return torch.zeros(z.numel(), dtype=torch.bool, device=z.device).scatter(0, at, values > 0).view(z.shape), torch.where(low < math.inf, low, 0)
+    v, low = numbers(z), nth_largest(z, n, guess)
+    if low > 0: mask = v >= low.item()
+    else: mask = v > 0; low = torch.as_tensor(v[mask].min() if mask.any() else 0., dtype=z.dtype)
+    if (surplus := np.count_nonzero(mask) - n) > 0: mask[np.flatnonzero(v == low.item())[-surplus:]] = False
     return torch.from_numpy(mask).view(z.shape), low
 
 # %% ../../nbs/sae/01b_topk.ipynb #d912ac72
@@ -154,7 +153,7 @@ class BatchTopKGate(BatchGate):
     ): super().__init__(d_sae, k, momentum)
 
     def choose(self, z:Tensor) -> tuple[Tensor, Tensor]:
-        return largest(z, self.budget(z), .9*self.running.item() if z.device.type == "cpu" and self.running.any() else -math.inf)
+        return largest(z, self.budget(z), .9*self.running.item() if z.device.type == "cpu" and self.running > 0 else -math.inf)
 
 
 GATES[BatchTopKGate.name] = BatchTopKGate

@@ -174,13 +174,15 @@ def load_transcoder(
     folder = Path(folder)
     for name in ("cfg.json", "sae_weights.safetensors"):
         if not (folder/name).is_file(): raise FileNotFoundError(f"{folder} holds no {name}: a saved transcoder is a folder with cfg.json and sae_weights.safetensors.")
-    try: cfg = json.loads((folder/"cfg.json").read_text())
-    except ValueError: raise ValueError(f"{folder/'cfg.json'} is not readable as JSON: the file is damaged, save the transcoder again.") from None
+    try: cfg = dict(json.loads((folder/"cfg.json").read_text()))
+    except (ValueError, TypeError): raise ValueError(f"{folder/'cfg.json'} is not readable as JSON: the file is damaged, save the transcoder again.") from None
     try: t = load_file(folder/"sae_weights.safetensors")
     except (SafetensorError, ValueError) as e: raise ValueError(f"{folder/'sae_weights.safetensors'} is truncated or damaged ({e}): save or download the transcoder again.") from None
     if not (m := re.fullmatch(r"(jumprelu_|topk_|)(skip_|)transcoder", arch := str(cfg.get("architecture")))):
         raise ValueError(f"{folder} holds the architecture {arch!r}, which is not a transcoder: load it with SAE.load.")
-    if missing := [k for k in ("d_in", "d_sae", "d_out") + (("k",) if m[1] == "topk_" else ()) if k not in cfg]: raise ValueError(f"{folder/'cfg.json'} lacks {missing[0]!r}, which a {arch} needs.")
+    for k in ("d_in", "d_sae", "d_out") + (("k",) if m[1] == "topk_" else ()):
+        if k not in cfg: raise ValueError(f"{folder/'cfg.json'} lacks {k!r}, which a {arch} needs.")
+        if not isinstance(cfg[k], int) or cfg[k] < 1: raise ValueError(f"{k} in {folder/'cfg.json'} must be a whole number of at least 1, not {cfg[k]!r}.")
     if cfg.get("apply_b_dec_to_input"): raise ValueError("apply_b_dec_to_input is set, but a transcoder has no pre-encoder bias: b_dec lives where it writes.")
     if (norm := cfg.get("normalize_activations", "none")) != "none": raise ValueError(f"normalize_activations = {norm!r} is not folded into the weights: fold it before saving.")
     gate = {"jumprelu_": "jumprelu", "": "relu", "topk_": dict(name="topk", k=cfg.get("k"))}[m[1]]

@@ -69,7 +69,7 @@ def recipe_field(
     "Read one `--set`."
     from dataclasses import fields
     from jumprelu_nb.train.recipes import Recipe
-    kinds = {f.name: str(f.type) for f in fields(Recipe) if f.name not in ("name", "source")}
+    kinds = {f.name: str(f.type) for f in fields(Recipe) if f.name not in ("name", "source", "stated")}
     name, equals, text = (s.strip() for s in pair.partition("="))
     if not equals: raise ValueError(f"--set {pair}: expected field=value, as in --set lr=0.01.")
     if name not in kinds: raise ValueError(f"--set {pair}: a recipe has no field {name!r}, it has {', '.join(kinds)}.")
@@ -78,9 +78,11 @@ def recipe_field(
         if text.lower() in ("none", "null") and "None" in kind: return name, None
         if kind == "bool": return name, {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
         if kind.startswith("tuple"):
-            a, b = text.strip("()[]").split(",")
-            return name, (float(a), float(b))
-        return name, int(text.replace("_", "")) if kind == "int" else float(text) if "float" in kind else text
+            items = [i.strip(" '\"") for i in text.strip("()[]").split(",") if i.strip()]
+            if "betas" == name and len(items) != 2: raise ValueError
+            return name, tuple(float(i) for i in items) if "float" in kind else tuple(items)
+        if "int" in kind: return name, int(text.replace("_", ""))
+        return name, text if "float" not in kind or "str" in kind and text.isalpha() else float(text)
     except (ValueError, KeyError): raise ValueError(f"--set {pair}: {name} is of type {kind}, {text!r} is not.") from None
 
 # %% ../../nbs/share/02_cli.ipynb #02ab55a9
@@ -155,7 +157,7 @@ def train_command(
     site:str="resid_post", # where its activations are read: resid_pre, attn_out, mlp_in, mlp_out or resid_post
     layer:int|None=None, # in which block, counted from 0 [default: the middle one]
     text:str="stdlib", # what the model reads: stdlib, a file, a folder, or a dataset (name or name:config)
-    recipe:str="practical", # set of all choices: practical, paper, gemma_scope, topk or relu_l1
+    recipe:str="practical", # set of all choices: practical, topk, batch_topk, gated, relu_l1, paper, gemma_scope and more; a wrong name lists them all
     d_sae:int|None=None, # number of latents [default: 10 times the width of the activations]
     l0:float|None=None, # wanted mean number of active latents per token [default: the recipe's own; 32 if practical]
     tokens:int=2_000_000, # length of the training, in tokens
@@ -175,7 +177,8 @@ def train_command(
     "Train an SAE, evaluate it, show some latents."
     from jumprelu_nb.evaluate.fidelity import evaluate
     from jumprelu_nb.sae.model import SAE
-    from jumprelu_nb.train.recipes import build_gate, get_recipe
+    from jumprelu_nb.train.build import build_gate
+    from jumprelu_nb.train.recipes import get_recipe
     from jumprelu_nb.train.trainer import train
     chosen = get_recipe(recipe, **dict(map(recipe_field, set_ or [])) | ({} if l0 is None else {"l0": l0}))
     for name, value, least in (("tokens", tokens, 1), ("d-sae", 1 if d_sae is None else d_sae, 1), ("eval-tokens", eval_tokens, 2), ("show", show, 0)):

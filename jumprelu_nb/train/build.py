@@ -79,8 +79,10 @@ def learning_rate(
     d_sae:int|None=None, # number of latents; default 8 · d_in
     tokens:int=2_000_000, # length of the training
 ) -> float: # for weights and biases
-    "The recipe's learning rate, or the rule .125 √(B/2048) / √d."
-    return r.lr if r.lr is not None else .125 * math.sqrt(r.batch_size / 2048) / math.sqrt(d_in)
+    "The recipe's learning rate, or the rule min(.2 (B/2048) √(10⁶/tokens), .25) · min(1, √(16 d_in/d_sae)) / √d_in."
+    if r.lr is not None: return r.lr
+    short = min(.2 * r.batch_size / 2048 * math.sqrt(1e6 / tokens), .25)
+    return short * min(1., math.sqrt(16 * d_in / (d_sae or 8 * d_in))) / math.sqrt(d_in)
 
 # %% ../../nbs/train/00b_build.ipynb #5df93c16
 def build_gate(

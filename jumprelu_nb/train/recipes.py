@@ -98,7 +98,7 @@ class Recipe:
         names = [f.name for f in dataclasses.fields(self)]
         for k in fields:
             if k not in names:
-                near = get_close_matches(k, names, 1, .5)
+                near = get_close_matches(k, names, 1, .6)
                 raise ValueError(f"A recipe has no field {k!r}" + (f"; did you mean {near[0]!r}?" if near else f": it has {', '.join(names[3:])}."))
         stated = tuple(k for k in self.stated if k not in fields or fields[k] == getattr(self, k))
         return _check(dataclasses.replace(self, **{"stated": stated} | fields))
@@ -165,8 +165,8 @@ _short = [
     Recipe("batch_topk", "Bussmann et al. 2024, arXiv 2412.06410", gate="batch_topk", **_k),
     Recipe("matryoshka", "Bussmann et al. 2025, arXiv 2503.17547", gate="batch_topk", prefixes=(1/16, 1/8, 1/4, 1/2, 1.), **_k),
     Recipe("matryoshka_jumprelu", "the prefixes of arXiv 2503.17547 over JumpReLU, as Gemma Scope 2 does", prefixes=(1/16, 1/8, 1/4, 1/2, 1.)),
-    #C Recipe("mutual_choice", "Ayonrinde 2024, arXiv 2411.02124", gate="mutual_choice", **_k),
-    #C Recipe("feature_choice", "Ayonrinde 2024, arXiv 2411.02124; quotas and aux_zipf as defined by us", gate="feature_choice", auxiliary=("aux_zipf",), **_k),
+    Recipe("mutual_choice", "Ayonrinde 2024, arXiv 2411.02124", gate="mutual_choice", **_k),
+    Recipe("feature_choice", "Ayonrinde 2024, arXiv 2411.02124; quotas and aux_zipf as defined by us", gate="feature_choice", auxiliary=("aux_zipf",), **_k),
     Recipe("gated", "Rajamanoharan et al. 2024, arXiv 2404.16014", gate="gated", objective="gated_l1", **_penalty),
     Recipe("relu_l1", "Bricken et al. 2023, Towards Monosemanticity", gate="relu", objective="l1", enc_scale=1., **_penalty),
     Recipe("ri_l1", "Anthropic, Circuits Updates April 2024", gate="relu", objective="ri_l1", enc_scale=1., decoder_norm="free", pre_encoder_bias=False, **_penalty),
@@ -220,7 +220,7 @@ def get_recipe(
     "Look a recipe up and change some of its fields."
     if isinstance(recipe, str):
         if recipe not in RECIPES:
-            near = get_close_matches(recipe, RECIPES, 1, .5)
+            near = get_close_matches(recipe, RECIPES, 1, .6)
             raise ValueError(f"Unknown recipe {recipe!r}" + (f", did you mean {near[0]!r}? If not," if near else ":") + f" choose one of {', '.join(RECIPES)}.")
         recipe = RECIPES[recipe]
     return recipe.but(**fields)

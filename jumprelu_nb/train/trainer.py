@@ -279,7 +279,7 @@ def train(
     if resume and (out/"checkpoint.pt").exists(): log, spent = _load_checkpoint(out/"checkpoint.pt", trainer, identity)
     elif resume and (out/"sae_weights.safetensors").exists(): return Run(SAE.load(out, device), read_log(out), recipe, out)
     with _finish_step_on_signal() as stop: spent = _loop(trainer, log, spent, identity, out, stop, live, progress, track, checkpoint_seconds)
-    sae = _finish(trainer, recipe, origin | dict(recipe=trainer.recipe.to_dict(), seed=seed, training_tokens=trainer.steps * recipe.batch_size, l0=recipe.l0, training_seconds=round(spent, 1)))
+    sae = _finish(trainer, recipe, origin | dict(recipe=recipe.to_dict(), settled={k: v[0] for k, v in trainer.recipe.diff(recipe).items()}, seed=seed, training_tokens=trainer.steps * recipe.batch_size, l0=recipe.l0, training_seconds=round(spent, 1)))
     if out is not None:
         sae.save(out)
         (out/"checkpoint.pt").unlink(missing_ok=True)
