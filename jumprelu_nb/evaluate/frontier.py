@@ -110,7 +110,8 @@ class Frontier:
     ):
         cell, seen = ("setup", "name", "recipe", "l0", "seed", "lr"), {}
         for r in rows: seen.setdefault(tuple(r.get(k) for k in cell), dict(r))      # a cell made twice counts once
-        self.rows = sorted(seen.values(), key=lambda r: (str(r.get("name")), r["recipe"] == "random"))
+        names = list(dict.fromkeys(r.get("name") for r in seen.values()))
+        self.rows = sorted(seen.values(), key=lambda r: (names.index(r.get("name")), r["recipe"] == "random"))
 
     def __len__(self) -> int: return len(self.rows)
     def __add__(self, other:Frontier) -> Frontier: return Frontier(self.rows + other.rows)
@@ -216,7 +217,7 @@ class Frontier:
     # -- choices, by the tuning data only ---------------------------------------------------------------------------------------
     def tuning(self,
         margin:float=1.1, # see `interpolate`
-    ) -> dict[str, dict[float, float]]: # recipe → learning-rate multiplier → FVU on the tuning data, geometric mean over the cells that all multipliers have
+    ) -> dict[str, dict[float, float]]: # recipe → learning-rate multiplier → FVU on the tuning data, geometric mean over seeds and over the range of L0 that all multipliers reach
         "Score learning rates at matched L0 by the tuning data; no column of the validation is read."
         trials, out = {}, {}
         for r in self.rows:
@@ -227,10 +228,14 @@ class Frontier:
         for a, b in zip(effort, list(effort)[1:]):
             if effort[a] != effort[b]: raise ValueError(f"Unequal tuning effort: {a} has {len(effort[a])} cells and {b} {len(effort[b])}, or others. Try the same learning rates, L0s and seeds for all recipes.")
         for recipe, by_lr in trials.items():
-            alive = {lr: cells for lr, cells in by_lr.items() if all(math.isfinite(v) for _, v in cells.values())}     # what diverged once is not chosen
-            if not alive: raise ValueError(f"Every learning rate of {recipe} diverged at least once: try lower ones.")
-            def read(lr, l0, seed): return interpolate(*zip(*[v for (_, s), v in alive[lr].items() if s == seed]), l0, "log", margin)[0]
-            shared = [v for c in next(iter(alive.values())) if not any(map(math.isnan, (v := {lr: read(lr, *c) for lr in alive}).values()))]
+            alive = {lr: cells for lr, cells in by_lr.items() if all(l > 0 and math.isfinite(v) for l, v in cells.values())}     # what failed once is not chosen
+            if not alive: raise ValueError(f"Every learning rate of {recipe} failed at least once: try lower ones.")
+            def read(seed): # in five places of the range that all learning rates reach
+                curves = {lr: [v for (_, s), v in cells.items() if s == seed] for lr, cells in alive.items()}
+                low, high = max(min(c)[0] for c in curves.values()), min(max(c)[0] for c in curves.values())
+                at = [low * (high / low)**(k / 4) for k in range(5)] if low < high else [math.sqrt(low * high)]
+                return [{lr: interpolate(*zip(*c), l0, "log", margin)[0] for lr, c in curves.items()} for l0 in at]
+            shared = [v for seed in {s for _, s in next(iter(alive.values()))} for v in read(seed) if not any(map(math.isnan, v.values()))]
             if not shared: raise ValueError(f"The learning rates of {recipe} reach no common L0: tune at two or more L0s, or with a larger margin.")
             out[recipe] = {lr: math.exp(fmean(math.log(v[lr]) for v in shared)) for lr in sorted(alive)}
         return out

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
+import numpy as np
 import torch
 from torch import Tensor
 from ..data.activations import Activations, harvest
@@ -44,7 +45,8 @@ def train_together(
     "Train several SAEs in one pass over the data: every batch is drawn once, and each of them takes a step on it."
     if len({r.batch_size for r in recipes}) != 1: raise ValueError(f"SAEs that share their batches need one batch_size, got {sorted({r.batch_size for r in recipes})}.")
     acts, device = copy.copy(acts), torch.device(device or acts.device)
-    acts.sample = lru_cache(acts.sample)                                            # what scales, starts and calibrates them is drawn once, too
+    acts.sample = lru_cache(acts.sample)                                            # what scales, starts and calibrates them is drawn once, too …
+    acts.sample(20_480)                                                             # … and before a source that can be read only once is being read
     trainers = [Trainer(acts, r, d_sae, tokens, seed, device) for r in recipes]
     spent, started, batches = [0.] * len(trainers), time.perf_counter(), iter(trainers[0].loader)
     for _ in range(trainers[0].steps):
@@ -55,11 +57,11 @@ def train_together(
             spent[i] += time.perf_counter() - start
         if tick: tick(len(x) * len(trainers))
     if device.type != "cpu": spent = [(time.perf_counter() - started) / len(trainers)] * len(trainers)     # elsewhere a step only gives orders
-    def finished(t, r):
+    def finished(t, r, s):
         if not all(p.isfinite().all() for p in t.sae.parameters()): return None
         settled = {k: v for k, (v, _) in t.recipe.diff(r).items()}
-        return _finish(t, r, dict(recipe=r.to_dict(), settled=settled, seed=seed, training_tokens=t.steps * r.batch_size, l0=r.l0, training_seconds=round(spent[trainers.index(t)], 1)))
-    return [(finished(t, r), s) for t, r, s in zip(trainers, recipes, spent)]
+        return _finish(t, r, dict(recipe=r.to_dict(), settled=settled, seed=seed, training_tokens=t.steps * r.batch_size, l0=r.l0, training_seconds=round(s, 1)))
+    return [(finished(t, r, s), s) for t, r, s in zip(trainers, recipes, spent)]
 
 # %% ../../nbs/evaluate/02b_sweep.ipynb #27432d15
 class Splits(NamedTuple):
@@ -178,7 +180,7 @@ def _score(sae:SAE, tuning:Tensor|None, validation:Tensor, truth:Any, measure:Ca
 def _held_out(x:Any, what:str, acts:Activations) -> tuple[Tensor|None, str|None]:
     "Held-out rows in memory, and their fingerprint."
     if x is None: return None, None
-    x = torch.cat([b.float().cpu() for b in blocks_of(x)])
+    x = torch.cat([b.float().cpu() for b in blocks_of(torch.tensor(x) if isinstance(x, np.ndarray) else x)])
     if x.shape[1] != acts.d_in: raise ValueError(f"The {what} data are {x.shape[1]} wide, the training data {acts.d_in}.")
     return x, Activations.from_tensor(x).mark
 

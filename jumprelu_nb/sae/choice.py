@@ -55,7 +55,7 @@ def largest_per_latent(
         mask, low = _by_partition(numbers(z).reshape(z.shape), quota.numpy(), None if guess is None else guess.numpy())
         return torch.from_numpy(mask), torch.from_numpy(low)
     at = z.nan_to_num(math.inf, math.inf, -math.inf).sort(dim=0, descending=True, stable=True).indices
-    mask = (torch.empty_like(at).scatter(0, at, torch.arange(len(z), device=z.device)[:, None].expand_as(at)) < quota) & ~(z <= 0)
+    mask = (torch.empty_like(at).scatter(0, at, torch.ones_like(at).cumsum(0) - 1) < quota) & ~(z <= 0)
     low = torch.where(mask, z, math.inf).amin(0)
     return mask, torch.where(low < math.inf, low, 0)
 
@@ -81,7 +81,7 @@ def _by_partition(v, quota, guess):
     cut[few] = np.where(mask[:, few], v[:, few], np.inf).min(0, initial=np.inf)
     return mask, np.where(cut < np.inf, cut, 0).astype(v.dtype)
 
-# %% ../../nbs/sae/01d_choice.ipynb #9b55d99d
+# %% ../../nbs/sae/01d_choice.ipynb #1d1c1b17
 class FeatureChoiceGate(BatchGate):
     "Every latent keeps its own largest tokens of a batch, as many as its rank entitles it to (Ayonrinde 2024, arXiv 2411.02124)."
     name, calibration = "feature_choice", "latent"
@@ -114,7 +114,10 @@ class FeatureChoiceGate(BatchGate):
             rank = rank + M*many                                                       # Σ_t z_ti decides between equals
         return torch.empty_like(self._shares[size]).scatter(0, rank.argsort(descending=True), self._shares[size])
 
-    def choose(self, z:Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self,
+        z:Tensor, # (..., d_sae) pre-activations of one batch
+    ) -> tuple[Tensor, Tensor]: # (..., d_sae) bool, what passes; (d_sae,) smallest value that passes, 0 where none does
+        "Give every latent its largest tokens."
         mask, low = largest_per_latent(flat := z.reshape(-1, self.d_sae), self.quota(flat), .8*self.running if z.device.type == "cpu" and self.running.any() else None)
         return mask.view(z.shape), low
 
@@ -123,7 +126,9 @@ class FeatureChoiceGate(BatchGate):
             warnings.warn(f"k·B = {total} entries per batch are not enough to give each of the {self.d_sae} latents one token: take batches of {math.ceil(self.d_sae/self.k)} tokens or more, or latents can die.", stacklevel=3)
         super()._remember(low, shape, ahead)
 
-    def config(self) -> dict: return dict(super().config(), quotas=self.quotas, exponent=self.exponent, affinity=self.affinity)
+    def config(self) -> dict:
+        "What `make_gate` needs to build this gate again."
+        return dict(super().config(), quotas=self.quotas, exponent=self.exponent, affinity=self.affinity)
 
 
 GATES[FeatureChoiceGate.name] = FeatureChoiceGate

@@ -58,4 +58,4 @@ class GatedGate(Gate):
         return gain, self.b_mag.clone(), (self.b_mag - gain * self.b_gate).clamp_min(0)
 
 
-GATES[GatedGate.name] = GatedGate
+GATES.setdefault(GatedGate.name, GatedGate)      # a page that runs beside the module does not take its place

@@ -16,6 +16,7 @@ __all__ = ['GATES', 'Gate', 'ReLUGate', 'TopKGate', 'JumpReLUGate', 'make_gate']
 class Gate(nn.Module):
     "The rule that turns pre-activations into sparse activations. Subclasses define `forward` and what differs."
     name = "gate"
+    signed = False            # True where activations may be negative, which no threshold can give
     batch_dependent = False   # True where the activations of a token depend on the other tokens of its batch
     calibration = "common"    # what `fold` looks for on a sample where there are no constant thresholds: one for all, or one per latent ("latent")
     owns_bias = False         # True where the gate has biases of its own, so that the SAE's `b_enc` stays at 0 while training

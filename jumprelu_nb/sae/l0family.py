@@ -44,7 +44,12 @@ class QuadraticL0(Objective):
         if l0 <= 0: raise ValueError(f"The target L0 must be positive, got {l0}.")
         self.l0, self.coefficient, self.warmup = l0, coefficient, warmup
 
-    def penalty(self, sae, codes, progress):
+    def penalty(self,
+        sae:SAE, # in training form, with thresholds
+        codes:Codes, # of the batch
+        progress:float, # share of the training tokens already used
+    ) -> Tensor: # scalar
+        "What the tokens pay for their distance from the target."
         return self.coefficient * ramp(progress, self.warmup) * 2 / self.l0 * (codes.per_token(active(codes)) - self.l0).square().mean()
 
 # %% ../../nbs/sae/03b_l0family.ipynb #53eb9cba
@@ -66,7 +71,12 @@ class QuadraticFrequency(Penalised):
         _steerable(l0, warmup, omega0)
         super().__init__(coefficient, warmup, l0, gain); self.omega0 = omega0
 
-    def penalty(self, sae, codes, progress):
+    def penalty(self,
+        sae:SAE, # in training form, with thresholds
+        codes:Codes, # of the batch
+        progress:float, # share of the training tokens already used
+    ) -> Tensor: # scalar
+        "What the latents pay for how often they fire."
         omega = frequencies(codes)
         return self.coefficient.to(omega.device) * ramp(progress, self.warmup) * (omega * (1 + omega / self.omega0)).sum()
 
@@ -81,7 +91,13 @@ class FrequencyPenalty(Objective):
         _steerable(None, warmup, omega0)
         self.coefficient, self.omega0, self.warmup = coefficient, omega0, warmup
 
-    def penalty(self, sae, codes, progress): return self.coefficient * ramp(progress, self.warmup) * frequencies(codes).square().sum() / self.omega0
+    def penalty(self,
+        sae:SAE, # in training form, with thresholds
+        codes:Codes, # of the batch
+        progress:float, # share of the training tokens already used
+    ) -> Tensor: # scalar
+        "What frequent latents pay."
+        return self.coefficient * ramp(progress, self.warmup) * frequencies(codes).square().sum() / self.omega0
 
 # %% ../../nbs/sae/03b_l0family.ipynb #40c8a65a
 SCALE_POWERS = dict(threshold=-1, bandwidth=-1, bias=-1, activation=-1, lr_threshold=-1, lr_log_threshold=0, lr_weights=0,
@@ -146,7 +162,12 @@ class TanhL0(Penalised):
         super().__init__(to_unit_scale("tanh", coefficient, d_in), warmup, l0, gain)
         self.scale, self.pre_act, self.pre_act_on, self.dead_after = to_unit_scale("tanh_scale", scale, d_in), to_unit_scale("pre_act", pre_act, d_in), pre_act_on, dead_after
 
-    def penalty(self, sae, codes, progress):
+    def penalty(self,
+        sae:SAE, # in training form, with thresholds
+        codes:Codes, # of the batch
+        progress:float, # share of the training tokens already used
+    ) -> Tensor: # scalar
+        "What active latents pay, and what silent ones pay for their distance from the threshold."
         loss = self.coefficient.to(codes.z.device) * ramp(progress, self.warmup) * tanh_penalty(codes, self.scale)
         if self.pre_act == 0: return loss
         if self.pre_act_on == "dead" and codes.silent is None: raise ValueError("Only dead latents are to be pulled up, but nobody counts their silence: give silent= to codes_of, or pre_act_on='all'.")
@@ -162,6 +183,7 @@ def anthropic_init_(
 ) -> SAE: # itself
     "Draw W_dec uniformly within ±1/√d_in, tie W_enc = (d_in/d_sae)·W_decᵀ, and set b_enc so that every latent fires equally often (Anthropic, January 2025)."
     if sae.decoder_norm != "free": raise ValueError("This initialisation draws decoder rows of length 0.58 and needs them free: make the SAE with decoder_norm='free'.")
+    if sae.W_dec.shape != sae.W_enc.T.shape: raise ValueError(f"This initialisation ties the encoder to the decoder, but inputs have {sae.d_in} dimensions and outputs {sae.W_dec.shape[1]}: initialise this one with init_.")
     n = round(l0 / sae.d_sae * len(u))
     if not 0 < n < len(u): raise ValueError(f"An L0 of {l0:g} at the start is not between 0 and the {sae.d_sae:,} latents of this SAE, on {len(u):,} tokens: choose another l0.")
     g = torch.Generator().manual_seed((seed * 1_000_003 + 0x5AE) % 2**63)

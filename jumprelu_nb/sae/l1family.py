@@ -116,7 +116,7 @@ class PAnneal(Steered):
         p_end:float=.2, # the last p
         updates:int=10, # number of steps from 1 to p_end
         start:float=.3, # share of the training at which the first of them is made …
-        end:float=.9, # … and at which the last
+        end:float=.8, # … and at which the last
         batches:int=10, # whose means set the new λ
         eps:float=1e-3, # ε_p: f^p means (f + ε_p)^p, whose slope is finite
         **steering, # warmup, l0, gain, damping: as for `Steered`
@@ -173,7 +173,8 @@ class PAnneal(Steered):
     ) -> None:
         "Lower p if it is time; then steer λ."
         if self.done < self.due(progress):
-            if len(self.queue): before, after = self.queue.sum(0); self.coefficient = self.coefficient.to(before) * before / after.clamp_min(1e-12)
+            before, after = self.queue.sum(0)
+            self.coefficient = self.coefficient.to(l0.device) * torch.where(after > 0, before / after, 1.).to(l0.device)             # unless all was silent
             self.done, self.queue = self.done + 1, self.queue[:0]
         super().after_step_(sae, l0, progress)
 
@@ -183,7 +184,7 @@ def _forget_(opt:torch.optim.Optimizer, parameter:nn.Parameter, dim:int, latents
     for v in opt.state.get(parameter, {}).values():
         if isinstance(v, Tensor) and v.shape == parameter.shape: v.index_fill_(dim, latents, 0)
 
-
+# %% ../../nbs/sae/03c_l1family.ipynb #91762685
 @torch.no_grad()
 def resample_(
     sae:SAE, # in training form; changed in place
@@ -200,17 +201,17 @@ def resample_(
     if not any(sae.W_dec is p for group in opt.param_groups for p in group["params"]): raise ValueError("This optimizer does not train this SAE: give the one whose moments are to be reset.")
     dead = (silent >= dead_after).nonzero().squeeze(1)
     if not len(dead): return dead
-    y, blocks = u if target is None else target, range(0, len(u), 4096)
-    residual = torch.cat([y[i:i+4096] - codes_of(sae, u[i:i+4096], target=y[i:i+4096]).u_hat for i in blocks])
+    y = u if target is None else target
+    residual = torch.cat([b - codes_of(sae, a, target=b).u_hat for a, b in zip(u.split(4096), y.split(4096))])
     aim = residual if toward == "residual" else y - sae.offset(u)                                         # what latents have to make
     chance = (residual.square().sum(-1).square() * (aim.norm(dim=-1) > 0)).double().cpu()                 # ∝ loss²
     if not chance.isfinite().all() or not chance.any(): raise ValueError("No input has a finite loss above 0 to draw from: has the training diverged, or is u empty?")
     g = torch.Generator().manual_seed((seed * 1_000_003 + 0x2E5A) % 2**63)
     drawn = torch.multinomial(chance, len(dead), replacement=int((chance > 0).sum()) < len(dead), generator=g).to(u.device)
     write = nn.functional.normalize(aim[drawn], dim=-1)
-    listen = write if target is None else nn.functional.normalize(u[drawn] - (sae.b_dec if sae.pre_encoder_bias else 0), dim=-1)
-    alive = torch.ones(sae.d_sae, dtype=torch.bool, device=u.device).index_fill_(0, dead, False)
-    mean = lambda v: v[alive].mean() if alive.any() else 1.
+    listen = write if target is None or target is u else nn.functional.normalize(u[drawn] - (sae.b_dec if sae.pre_encoder_bias else 0), dim=-1)
+    alive = torch.ones(sae.d_sae, dtype=torch.bool, device=u.device).index_fill_(0, dead, len(dead) == sae.d_sae)   # none alive: all serve as measure
+    mean = lambda v: v[alive].mean()
     sae.W_dec[dead] = write * (1. if sae.decoder_norm == "unit" else mean(sae.W_dec.norm(dim=-1)))
     changed = [(sae.W_dec, 0), (sae.b_enc, 0)] + [(p, 0) for p in sae.gate.parameters()]
     if isinstance(sae.W_enc, nn.Parameter): sae.W_enc[:, dead] = (.2 * mean(sae.W_enc.norm(dim=0)) * listen).T; changed.append((sae.W_enc, 1))

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
-from .objectives import Objective
+from .model import SAE
+from .objectives import Objective, reconstruction_loss
 from .sparse import Codes, Layout, _Decode
 
 # %% auto #0
-__all__ = ['nested', 'prefixes', 'nested_reconstructions', 'Matryoshka']
+__all__ = ['nested', 'prefixes', 'chunks', 'nested_reconstructions', 'Matryoshka']
 
 # %% ../../nbs/sae/03e_matryoshka.ipynb #39eeb81a
 def nested(
@@ -36,51 +38,84 @@ def prefixes(
 ) -> tuple[int, ...]: # sizes of the inner dictionaries
     "Cut a dictionary into nested prefixes."
     if not fractions or fractions[-1] != 1: raise ValueError(f"The last fraction is the whole dictionary, 1; got {tuple(fractions)}.")
-    return nested([round(d_sae * f) for f in fractions])
+    return nested([max(1, round(d_sae * f)) for f in fractions])
 
-# %% ../../nbs/sae/03e_matryoshka.ipynb #af51c390
-def nested_reconstructions(
+# %% ../../nbs/sae/03e_matryoshka.ipynb #d43bb01e
+def chunks(
     codes:Codes, # of one batch
     prefixes:Sequence[int], # m_1 < … < m_n = d_sae
-) -> Tensor: # (n, batch, d_out) û_j, the reconstruction by the first m_j latents and the bias
-    "Reconstruct with every prefix at the cost of one decoding."
+) -> list[Tensor]: # n times (batch, d_out), without any bias
+    "Decode what each prefix adds to the one before, all of them at the cost of one decoding."
     sae, n, B = codes.sae, len(prefixes), len(codes)
     if codes.layout is None:
         sizes = [b - a for a, b in zip((0, *prefixes), prefixes)]
-        chunks = torch.stack([f @ W for f, W in zip(codes.f.split(sizes, -1), sae.W_dec.split(sizes))])
-    else:
-        rows, at = codes.layout.rows, codes.layout.at
-        which = torch.bucketize(at, torch.tensor(prefixes, device=at.device), right=True)              # the first prefix that holds the entry
-        chunks = _Decode.apply(codes.f, sae.W_dec, Layout(rows * n + which, at, B * n, sae.d_sae)).view(B, n, -1).transpose(0, 1)
-    return chunks.cumsum(0) + sae.offset(codes.u)
+        return [f @ W for f, W in zip(codes.f.split(sizes, -1), sae.W_dec.split(sizes))]
+    rows, at = codes.layout.rows, codes.layout.at
+    first = torch.bucketize(at, torch.tensor(prefixes, device=at.device), right=True)                # the first prefix that holds the entry
+    return list(_Decode.apply(codes.f, sae.W_dec, Layout(rows * n + first, at, B * n, sae.d_sae)).view(B, n, -1).unbind(1))
 
 
+def nested_reconstructions(
+    codes:Codes, # of one batch
+    prefixes:Sequence[int], # m_1 < … < m_n = d_sae
+) -> list[Tensor]: # û_j, n times (batch, d_out)
+    "Reconstruct with the first m_j latents and the bias, for every j."
+    return list(accumulate(chunks(codes, prefixes), initial=codes.sae.offset(codes.u)))[1:]
+
+# %% ../../nbs/sae/03e_matryoshka.ipynb #2a2e2bab
 class Matryoshka(Objective):
-    "Σ w_j·mean ‖u − û_j‖² over nested prefixes of the dictionary (Bussmann et al. 2025, arXiv 2503.17547); everything else is left to the objective inside."
+    "Σ w_j·mean ‖u − û_j‖² over nested prefixes of the dictionary, Σ w_j = 1 (Bussmann et al. 2025, arXiv 2503.17547); everything but the reconstruction is left to the objective inside."
     def __init__(self,
         prefixes:Sequence[int], # m_1 < … < m_n = d_sae, see `prefixes`; a leading 0 adds the reconstruction by the bias alone
         base:Objective|None=None, # what is asked beyond reconstruction; default: nothing, for gates that set the sparsity
         weights:Sequence[float]|None=None, # (n,) relative weights of the prefixes; default: all alike
     ):
         self.prefixes, self.base = nested(prefixes), Objective() if base is None else base
+        self.needs_table = self.base.needs_table
         w = torch.ones(len(self.prefixes)) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
         if w.shape != (len(self.prefixes),) or not (w >= 0).all() or not 0 < w.sum() < float("inf"): raise ValueError(f"There must be one weight ≥ 0 per prefix, not all 0; got {weights} for {self.prefixes}.")
-        self.weights = w / w.sum()
+        self.weights = (w / w.sum()).tolist()
 
     @property
-    def state(self): return self.base.state
+    def state(self) -> tuple[str, ...]: # those of the objective inside
+        "Names of what a checkpoint must keep."
+        return self.base.state
     def __getattr__(self, name):
         if name == "base": raise AttributeError(name)
-        return getattr(self.base, name)                                                  # a controller's price or coefficient
-
-    def reconstruction(self, sae, codes):
-        if self.prefixes[-1] != sae.d_sae: raise ValueError(f"The last of the prefixes {self.prefixes} must be the whole dictionary of {sae.d_sae} latents: beyond it nothing would be trained, and there is nothing beyond {sae.d_sae}.")
-        u_hat = nested_reconstructions(codes, self.prefixes)
-        codes.u_hat = u_hat[-1]                                                          # for whoever asks next
-        return ((codes.target - u_hat).square().sum(-1).mean(-1) * self.weights.to(u_hat)).sum()
-
-    def penalty(self, sae, codes, progress): return self.base.penalty(sae, codes, progress)
-    def adjust_grads_(self, sae, codes): self.base.adjust_grads_(sae, codes)
-    def after_step_(self, sae, l0, progress): self.base.after_step_(sae, l0, progress)
+        return getattr(self.base, name)                                                  # its price, its coefficient
     def state_dict(self) -> dict: return self.base.state_dict()
     def load_state_dict(self, d:dict) -> None: self.base.load_state_dict(d)
+
+    def reconstruction(self,
+        sae:SAE, # in training form
+        codes:Codes, # of the batch
+    ) -> Tensor: # scalar
+        "The weighted mean of the prefixes' errors."
+        if self.prefixes[-1] != sae.d_sae: raise ValueError(f"The last of the prefixes {self.prefixes} must be the whole dictionary of {sae.d_sae} latents: what lies beyond is not trained, or does not exist.")
+        u_hats = nested_reconstructions(codes, self.prefixes)
+        codes.u_hat = u_hats[-1]                                                         # for whoever asks next
+        return sum(w * reconstruction_loss(codes.target, u_hat) for w, u_hat in zip(self.weights, u_hats))
+
+    def penalty(self,
+        sae:SAE, # in training form
+        codes:Codes, # of the batch
+        progress:float, # share of the training tokens already used
+    ) -> Tensor|float: # scalar
+        "That of the objective inside."
+        return self.base.penalty(sae, codes, progress)
+
+    def before_step_(self,
+        sae:SAE, # before the batch is encoded
+        progress:float, # share of the training tokens already used
+    ) -> None: "That of the objective inside."; self.base.before_step_(sae, progress)
+
+    def adjust_grads_(self,
+        sae:SAE, # with the gradients of the loss
+        codes:Codes, # of the batch
+    ) -> None: "That of the objective inside."; self.base.adjust_grads_(sae, codes)
+
+    def after_step_(self,
+        sae:SAE, # after the optimizer step and the projections
+        l0:Tensor, # scalar, mean L0 of the batch just seen
+        progress:float, # share of the training tokens already used
+    ) -> None: "That of the objective inside."; self.base.after_step_(sae, l0, progress)

@@ -192,7 +192,7 @@ def fold(
 ) -> SAE: # scale 1, no pre-encoder bias, unit decoder rows, and a JumpReLU wherever constant thresholds exist
     "Fold input scale, pre-encoder bias, decoder norms and what else a gate holds into the weights (Gemma Scope, App. A)."
     C, how = sae.scale.item(), sae.gate.inference()
-    if calibrate is not None and (how is None or sae.gate.batch_dependent): how = (None, None, calibrated_threshold(sae, calibrate))
+    if calibrate is not None and not sae.gate.signed and (how is None or sae.gate.batch_dependent): how = (None, None, calibrated_threshold(sae, calibrate))
     if how is None and sae.gate.batch_dependent:
         raise ValueError(f"What the gate {sae.gate.name!r} gives a token depends on its batch: fold(calibrate=x) with a sample of activations finds constant thresholds.")
     gain, shift, theta = how or (None, None, None)
@@ -221,7 +221,7 @@ def write_atomically(
     except BaseException: Path(tmp).unlink(missing_ok=True); raise
 
 
-_architecture = {"jumprelu": "jumprelu", "relu": "standard", "topk": "topk"}      # our gate → SAELens's name
+_architecture = {"jumprelu": "jumprelu", "relu": "standard", "topk": "topk", "abs_topk": "abstopk"}      # our gate → SAELens's name
 
 
 def save(
@@ -236,7 +236,7 @@ def save(
     if not all(t.isfinite().all() for t in tensors.values()): raise ValueError("This SAE has NaN or infinite weights and is not saved: its training has diverged.")
     cfg = dict(architecture=_architecture[sae.gate.name], d_in=sae.d_in, d_sae=sae.d_sae, dtype=str(sae.dtype).removeprefix("torch."), device="cpu",
                apply_b_dec_to_input=False, normalize_activations="none", reshape_activations="none")
-    if sae.gate.name == "topk": cfg.update(k=sae.gate.k, rescale_acts_by_decoder_norm=False)
+    if "topk" in sae.gate.name: cfg.update(k=sae.gate.k, rescale_acts_by_decoder_norm=False)
     cfg["metadata"] = {"sae_lens_version": "6.54.12", **sae.metadata}
     write_atomically(folder/"sae_weights.safetensors", to_bytes(tensors))
     write_atomically(folder/"cfg.json", json.dumps(cfg, indent=1))
@@ -258,9 +258,10 @@ def load(
     try: t = load_file(folder/"sae_weights.safetensors")
     except (SafetensorError, ValueError) as e: raise ValueError(f"{folder/'sae_weights.safetensors'} is truncated or damaged ({e}): save or download the SAE again.") from None
     gates = {v: k for k, v in _architecture.items()}
+    if str(cfg.get("architecture")).endswith("transcoder"): raise ValueError(f"{folder} holds a transcoder: read it with jumprelu_nb.sae.transcoder.Transcoder.load.")
     if (arch := cfg.get("architecture")) not in gates: raise ValueError(f"Architecture {arch!r} is not one this form can hold ({', '.join(gates)}).")
     if (norm := cfg.get("normalize_activations", "none")) != "none": raise ValueError(f"normalize_activations = {norm!r} is not folded into the weights: fold it before saving.")
-    gate = {"name": gates[arch], **({"k": cfg["k"]} if arch == "topk" else {})}
+    gate = {"name": gates[arch], **({"k": cfg["k"]} if "topk" in arch else {})}
     sae = SAE(cfg["d_in"], cfg["d_sae"], gate, pre_encoder_bias=cfg.get("apply_b_dec_to_input", True), decoder_norm="free", metadata=cfg.get("metadata"))
     want = {k: tuple(getattr(sae, k).shape) for k in ("W_enc", "b_enc", "W_dec", "b_dec")} | ({"threshold": (sae.d_sae,)} if arch == "jumprelu" else {})
     for k, shape in want.items():

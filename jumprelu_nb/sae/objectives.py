@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from .model import SAE, threshold_for_l0
+from .model import SAE
 from .sparse import Codes, codes_of
 from .ste import KERNELS
 

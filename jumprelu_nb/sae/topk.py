@@ -20,16 +20,27 @@ class AbsTopKGate(TopKGate):
     "Keep the `k` pre-activations of largest magnitude of every token, with their signs (arXiv 2510.00404)."
     name = "abs_topk"
 
-    def forward(self, z:Tensor) -> Tensor:
+    def forward(self,
+        z:Tensor, # (..., d_sae) pre-activations
+    ) -> Tensor: # (..., d_sae) activations
+        "Apply the gate."
         at = z.abs().topk(self.k, dim=-1, sorted=False).indices
         return torch.zeros_like(z).scatter(-1, at, z.gather(-1, at))
 
     @torch.no_grad()
-    def select(self, z:Tensor) -> Tensor:
+    def select(self,
+        z:Tensor, # (..., d_sae) pre-activations
+    ) -> Tensor: # (..., d_sae) bool
+        "Find the entries that pass."
         at = z.abs().topk(self.k, dim=-1, sorted=False).indices
         return torch.zeros_like(z, dtype=torch.bool).scatter(-1, at, True)
 
-    def values(self, z:Tensor, at:Tensor) -> Tensor: return z
+    def values(self,
+        z:Tensor, # (n,) pre-activations of selected entries
+        at:Tensor, # (n,) latent of each
+    ) -> Tensor: # (n,) activations
+        "Keep them as they are."
+        return z
 
 
 GATES[AbsTopKGate.name] = AbsTopKGate
@@ -69,9 +80,10 @@ def largest(
     if n < 1: return torch.zeros_like(z, dtype=torch.bool), z.new_zeros(())
     n = min(n, z.numel())
     if z.device.type != "cpu":
-        values, at = z.flatten().nan_to_num(math.inf, math.inf, -math.inf).topk(n)
+        flat = z.flatten().nan_to_num(math.inf, math.inf, -math.inf)
+        values, at = flat.topk(n)
         low = torch.where(values > 0, values, math.inf).amin()
-        return torch.zeros(z.numel(), dtype=torch.bool, device=z.device).scatter(0, at, values > 0).view(z.shape), torch.where(low < math.inf, low, 0)
+        return torch.zeros_like(flat, dtype=torch.bool).scatter(0, at, values > 0).view(z.shape), torch.where(low < math.inf, low, 0)
     v, low = numbers(z), nth_largest(z, n, guess)
     if low > 0: mask = v >= low.item()
     else: mask = v > 0; low = torch.as_tensor(v[mask].min() if mask.any() else 0., dtype=z.dtype)
@@ -107,14 +119,20 @@ class BatchGate(Gate):
         "How many entries of this batch may pass."
         return math.floor(round(self.k * (z.numel() // self.d_sae), 6))
 
-    def forward(self, z:Tensor) -> Tensor:
+    def forward(self,
+        z:Tensor, # (..., d_sae) pre-activations
+    ) -> Tensor: # (..., d_sae) activations
+        "Apply the gate."
         if not self.training: return torch.where(z <= self._theta(), 0, z)
         mask, low = self.choose(z)
         if torch.is_grad_enabled(): self._remember(low, z.shape, ahead=False)
         return torch.where(mask, z, 0)
 
     @torch.no_grad()
-    def select(self, z:Tensor) -> Tensor:
+    def select(self,
+        z:Tensor, # (..., d_sae) pre-activations
+    ) -> Tensor: # (..., d_sae) bool
+        "Find the entries that pass."
         if not self.training: return ~(z <= self._theta())
         mask, low = self.choose(z)
         self._remember(low, z.shape, ahead=True)
@@ -135,11 +153,16 @@ class BatchGate(Gate):
         return theta
 
     def inference_threshold(self) -> Tensor|None:
-        return torch.where(self.running > 0, self.running, self.running.max()).expand(self.d_sae) if self.running.any() else None    # a latent that never passed gets the highest
+        "The running thresholds, (d_sae,), or None before any batch; a latent that never passed gets the highest of them."
+        return torch.where(self.running > 0, self.running, self.running.max()).expand(self.d_sae) if self.running.any() else None
 
-    def project_(self) -> None: self._ahead = None
+    def project_(self) -> None:
+        "Be ready for the next batch."
+        self._ahead = None
 
-    def config(self) -> dict: return dict(name=self.name, k=self.k, momentum=self.momentum)
+    def config(self) -> dict:
+        "What `make_gate` needs to build this gate again."
+        return dict(name=self.name, k=self.k, momentum=self.momentum)
 
 # %% ../../nbs/sae/01b_topk.ipynb #9f27f1cb
 class BatchTopKGate(BatchGate):
@@ -150,10 +173,17 @@ class BatchTopKGate(BatchGate):
         d_sae:int, # number of latents
         k:float=32., # how many latents may be active per token, on average over the batch
         momentum:float=.95, # share of the old threshold in the new one, per training batch
-    ): super().__init__(d_sae, k, momentum)
+    ):
+        super().__init__(d_sae, k, momentum)
+        self._last = -math.inf                                           # cut of the last batch, from which the next is guessed
 
-    def choose(self, z:Tensor) -> tuple[Tensor, Tensor]:
-        return largest(z, self.budget(z), .9*self.running.item() if z.device.type == "cpu" and self.running > 0 else -math.inf)
+    def choose(self,
+        z:Tensor, # (..., d_sae) pre-activations of one batch
+    ) -> tuple[Tensor, Tensor]: # (..., d_sae) bool, what passes; the smallest value that passes
+        "Keep the largest."
+        mask, low = largest(z, self.budget(z), .8*self._last if self._last > 0 else -math.inf)
+        if z.device.type == "cpu": self._last = low.item()
+        return mask, low
 
 
 GATES[BatchTopKGate.name] = BatchTopKGate

@@ -77,13 +77,15 @@ class Transcoder(SAE):
         seed:int=0, # of two generators, one per matrix
         enc_scale:float=1., # norm of the columns of W_enc
         b_dec:Tensor|None=None, # (d_out,) start of the decoder bias, usually the mean of the targets; zero if not given
+        dec_norm:float=1., # length of the rows of W_dec; other than 1 only if they are free
         centre:Tensor|None=None, # (d_in,) mean of the inputs, scaled: pre-activations start with mean 0
     ) -> Transcoder: # itself
         "Draw W_enc and W_dec independently of each other, set the biases, and start the skip connection at 0."
+        if dec_norm != 1 and self.decoder_norm == "unit": raise ValueError(f"Rows of length {dec_norm} would be brought back to 1 by the first step: make the transcoder with decoder_norm=\"free\".")
         def unit(salt, width):
             g = torch.Generator().manual_seed((seed * 1_000_003 + salt) % 2**63)
             return nn.functional.normalize(torch.randn(self.d_sae, width, generator=g), dim=-1)
-        self.W_enc.copy_(enc_scale * unit(0x7E4C, self.d_in).T); self.W_dec.copy_(unit(0x7DEC, self.d_out))
+        self.W_enc.copy_(enc_scale * unit(0x7E4C, self.d_in).T); self.W_dec.copy_(dec_norm * unit(0x7DEC, self.d_out))
         self.b_enc.zero_() if centre is None else self.b_enc.copy_(-centre.to(self.W_enc) @ self.W_enc)
         self.b_dec.zero_() if b_dec is None else self.b_dec.copy_(b_dec)
         if self.W_skip is not None: self.W_skip.zero_()
@@ -150,7 +152,7 @@ def save_transcoder(
     "Write `sae_weights.safetensors` and `cfg.json`, with SAELens's names for transcoders."
     from safetensors.torch import save as to_bytes
     t, folder = fold(transcoder), Path(folder)
-    if t.gate.name not in _prefix: raise ValueError(f"There is no file form for a transcoder with the gate {t.gate.name!r}: fold(calibrate=x), with a sample of inputs, makes it a JumpReLU.")
+    if t.gate.name not in _prefix: raise ValueError(f"A transcoder with the gate {t.gate.name!r} has no file form, only those that fold to a JumpReLU or a TopK have: keep its state_dict() instead.")
     tensors = {k: getattr(t, k).detach().cpu().contiguous() for k in ("W_enc", "b_enc", "W_dec", "b_dec")}
     if t.W_skip is not None: tensors["W_skip"] = t.W_skip.detach().cpu().T.contiguous()
     if t.threshold is not None: tensors["threshold"] = t.threshold.cpu()

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..sae.model import SAE, threshold_for_l0
 from ..sae.objectives import Balanced, reconstruction_loss
 from ..sae.sparse import codes_of
-from ..sae.ste import KERNELS, optimal_bandwidth
+from ..sae.ste import optimal_bandwidth
 from .build import build_sae, learning_rate
 from .recipes import Recipe, get_recipe
 
@@ -39,7 +39,7 @@ class Advice:
     l0: float            # wanted
     threshold: float     # θ at which the sample has the L0 to start from
     relative_bandwidth: float # ε/θ
-    coefficient: float   # λ that balances the forces at the start
+    coefficient: float   # λ to start with
     lr: float            # of weights and biases
     p: float             # density of pre-activations at θ, mean over latents
     slope: float         # of that density
@@ -70,24 +70,15 @@ def advise(
     sae = build_sae(probe, u, y, d_sae, seed)
     gate, codes, balanced = sae.gate, codes_of(sae, u, target=y), Balanced(l0)
     reconstruction_loss(y, codes.u_hat).backward()
-    codes.f.detach_()
     balanced.adjust_grads_(sae, codes)
     theta = gate.threshold.detach()
     (p, slope), price = density(sae.pre_acts(u).detach(), theta), max(float(balanced.price), 1e-9)
     t = theta.median().item()
     eps = optimal_bandwidth(t, price, r.batch_size, r.kernel, torch.tensor(p), torch.tensor(slope)).item() if p > 0 else .5 * t
-    with torch.no_grad():
-        pull = 2 * codes.mean(codes.f.sign() * codes.spread(sae.W_dec.norm(dim=-1)) * _along(codes, y)) / codes.l0.clamp_min(1e-6)
     ratio = min(1., max(.25, eps / t))
     sigma = (u - u.mean(0)).square().sum(-1).mean().sqrt()
     l1 = r.objective in ("l1", "ri_l1", "gated_l1", "p_anneal")
-    return Advice(l0, t, ratio, float(pull.clamp_min(1e-6)) if l1 else price, learning_rate(r, u.shape[-1], d_sae, tokens), p, slope, price, r.batch_size * ratio * t * p, (u.mean(0).norm() / sigma).item())
-
-
-def _along(codes, y:Tensor) -> Tensor:
-    "(entries) the error that each active latent sees along its direction."
-    e, W = y - codes.u_hat.detach(), torch.nn.functional.normalize(codes.sae.W_dec.detach(), dim=-1)
-    return e @ W.T if codes.layout is None else codes.layout.products(e.contiguous(), W)
+    return Advice(l0, t, ratio, 2 * t if l1 else price, learning_rate(r, u.shape[-1], d_sae, tokens), p, slope, price, r.batch_size * ratio * t * p, (u.mean(0).norm() / sigma).item())
 
 
 def settle(

@@ -15,7 +15,7 @@ from ..sae.l0family import FrequencyPenalty, QuadraticFrequency, QuadraticL0, Ta
 from ..sae.l1family import GatedL1, PAnneal, RIL1, TiedSAE
 from ..sae.matryoshka import Matryoshka, prefixes
 from ..sae.model import SAE, threshold_for_l0
-from ..sae.objectives import L0, L1, Balanced, L0Target, Objective, Together, ramp
+from ..sae.objectives import L0, Balanced, L0Target, Objective, Together, ramp
 from ..sae.transcoder import Transcoder
 from .recipes import Recipe, get_recipe
 
@@ -161,7 +161,7 @@ def build_objective(
     if target is not None: warmup = min(warmup, .3)                                     # λ can only be steered once it has been warmed up
     main = dict(balanced=lambda: Balanced(r.l0, r.l0_gain, r.l0_start, duration(r.l0_ramp, tokens)),
                 l0_target=lambda: L0Target(r.l0, r.coefficient or 3., warmup), quadratic_l0=lambda: QuadraticL0(r.l0, lam, warmup),
-                l0=lambda: L0(lam, warmup, target, r.l0_gain), l1=lambda: L1(lam, warmup, target, r.l0_gain), ri_l1=lambda: RIL1(lam, warmup, target, r.l0_gain),
+                l0=lambda: L0(lam, warmup, target, r.l0_gain), l1=lambda: RIL1(lam, warmup, target, r.l0_gain), ri_l1=lambda: RIL1(lam, warmup, target, r.l0_gain),
                 quadratic_frequency=lambda: QuadraticFrequency(lam, r.omega0, warmup, target, r.l0_gain),
                 tanh=lambda: TanhL0(lam, warmup, target, r.l0_gain, r.tanh_scale, r.pre_act, d_in=d_in, dead_after=dead),
                 gated_l1=lambda: GatedL1(lam, warmup, target, r.l0_gain), p_anneal=lambda: PAnneal(lam, r.p_end, start=r.p_from, end=max(.9, r.p_from), warmup=warmup, l0=target, gain=r.l0_gain),

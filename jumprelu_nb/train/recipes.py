@@ -153,7 +153,7 @@ def _check(r:Recipe) -> Recipe:
 
 # %% ../../nbs/train/00_recipes.ipynb #5101318d
 _k = dict(objective="none", calibrate=False)
-_penalty = dict(calibrate=False, l0_gain=.02, penalty_warmup=.05)
+_penalty = dict(calibrate=False, penalty_warmup=.05)
 _short = [
     Recipe("practical", "ablation study of this project"),
     Recipe("l0_target", "the classical form of `practical`: a written loss instead of a controller", objective="l0_target", coefficient=3., l0_start=1., parametrisation="raw", lr_threshold=3e-3),
@@ -168,10 +168,10 @@ _short = [
     Recipe("mutual_choice", "Ayonrinde 2024, arXiv 2411.02124", gate="mutual_choice", **_k),
     Recipe("feature_choice", "Ayonrinde 2024, arXiv 2411.02124; quotas and aux_zipf as defined by us", gate="feature_choice", auxiliary=("aux_zipf",), **_k),
     Recipe("gated", "Rajamanoharan et al. 2024, arXiv 2404.16014", gate="gated", objective="gated_l1", **_penalty),
-    Recipe("relu_l1", "Bricken et al. 2023, Towards Monosemanticity", gate="relu", objective="l1", enc_scale=1., **_penalty),
-    Recipe("ri_l1", "Anthropic, Circuits Updates April 2024", gate="relu", objective="ri_l1", enc_scale=1., decoder_norm="free", pre_encoder_bias=False, **_penalty),
+    Recipe("relu_l1", "Bricken et al. 2023, Towards Monosemanticity", gate="relu", objective="l1", **_penalty),
+    Recipe("ri_l1", "Anthropic, Circuits Updates April 2024", gate="relu", objective="ri_l1", decoder_norm="free", pre_encoder_bias=False, **_penalty),
     Recipe("tied_relu", "Cunningham et al. 2023, arXiv 2309.08600", model="tied", gate="relu", objective="l1", enc_scale=1., pre_encoder_bias=False, b_dec="zero", **_penalty),
-    Recipe("p_anneal", "Karvonen et al. 2024, arXiv 2408.00113", gate="relu", objective="p_anneal", enc_scale=1., **_penalty),
+    Recipe("p_anneal", "Karvonen et al. 2024, arXiv 2408.00113", gate="relu", objective="p_anneal", **_penalty),
     Recipe("transcoder", "Dunefsky et al. 2024, arXiv 2406.11944, with JumpReLU as in Gemma Scope", model="transcoder", pre_encoder_bias=False),
     Recipe("skip_transcoder", "Paulo et al. 2025, arXiv 2501.18823, with JumpReLU as in Gemma Scope 2", model="skip_transcoder", pre_encoder_bias=False),
 ]
