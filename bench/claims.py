@@ -213,8 +213,8 @@ STEERED = dict(steer=True, l0_gain=.02)
 def row_10(seed):
     "{ReLU, JumpReLU} × {L1, L0}, read at the L0 of JumpReLU with L0. A ReLU under an L0 penalty is a JumpReLU whose thresholds stay at 0 and whose penalty has a pseudo-gradient to z."
     j, relu_l1 = cell(seed, JUMPRELU), [cell(seed, RELU, coefficient=c) for c in (.5, .65)]
-    relu_l0 = [cell(seed, L0LOSS, threshold=1e-9, lr_threshold=0., ste_to_input=True, l0=k, **STEERED) for k in (3., 3.6)]
-    jump_l1 = [cell(seed, JUMP, objective="l1", coefficient=.1, l0=k, **STEERED) for k in (3., 3.6)]
+    relu_l0 = [cell(seed, L0LOSS, threshold=1e-9, lr_threshold=1e-15, ste_to_input=True, l0=k, **STEERED) for k in (2.9, 3.6)]
+    jump_l1 = [cell(seed, JUMP, objective="l1", coefficient=.1, l0=k, **STEERED) for k in (2.9, 3.6)]
     others = dict(relu_l1=at(j["l0"], relu_l1), relu_l0=at(j["l0"], relu_l0), jump_l1=at(j["l0"], jump_l1))
     best = None if None in others.values() else min(others.values())
     return dict(l0=j["l0"], fvu_jump_l0=j["fvu"]) | {f"fvu_{k}": v for k, v in others.items()} | {f"l0_{k}": c["l0"] for k, c in (("relu_l0", relu_l0[0]), ("jump_l1", jump_l1[0]))} | dict(ratio=over(j["fvu"], best))
@@ -309,7 +309,7 @@ def row_11(seed):
 
 def row_21(seed):
     "P-annealing against L1, read at L0 3.3."
-    l1, p = [cell(seed, RELU, coefficient=c) for c in (.5, .65)], [cell(seed, dict(RELU, recipe="p_anneal"), coefficient=.1, l0=k, **STEERED) for k in (3., 3.6)]
+    l1, p = [cell(seed, RELU, coefficient=c) for c in (.5, .65)], [cell(seed, dict(RELU, recipe="p_anneal"), coefficient=.1, l0=k, **STEERED) for k in (2.9, 3.6)]
     level = min(max(3.3, min(c["l0"] for c in l1)), max(c["l0"] for c in l1))
     a, b = at(level, p), at(level, l1)
     return dict(l0=level, fvu_p_anneal=a, fvu_l1=b, ratio=None if a is None or b is None else a/b, gamma_p_anneal=p[0]["shrinkage"], gamma_l1=l1[0]["shrinkage"], l0_p_anneal=p[0]["l0"])
@@ -525,12 +525,16 @@ def main() -> None:
         for line in _file.read_text(encoding="utf-8").splitlines() if _file.exists() else []:
             c = json.loads(line)
             _cells[json.dumps(c.pop("key"), sort_keys=True)] = c
-    results = load(args.out)
+    results, failed = load(args.out), []
     for row in args.rows:
         for seed in args.seeds:
             if not args.again and str(seed) in results["rows"].get(row, {}).get("seeds", {}): continue
             began = time.perf_counter()
-            numbers = {k: rounded(v) for k, v in ROWS[row](seed).items()}
+            try: numbers = {k: rounded(v) for k, v in ROWS[row](seed).items()}
+            except Exception as e:                                                    # the other rows do not wait for this one
+                print(f"row {row}, seed {seed} FAILED: {type(e).__name__}: {e}", flush=True)
+                failed.append(f"{row}/{seed}")
+                continue
             results = load(args.out) if args.out else results                         # somebody else may have added rows meanwhile
             entry = results["rows"].setdefault(row, {"about": ROWS[row].__doc__, "seeds": {}, "seconds": {}})
             entry["seeds"][str(seed)], entry["seconds"][str(seed)] = numbers, round(time.perf_counter() - began, 1)
@@ -538,6 +542,7 @@ def main() -> None:
             results |= dict(versions=versions(), machine={k: v for k, v in machine().items() if k != "load_1min"}, command="python bench/claims.py --out bench/results/claims.json")
             save(args.out, results)
             print(f"row {row}, seed {seed}: {entry['seconds'][str(seed)]} s " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items() if isinstance(v, (int, float))), flush=True)
+    if failed: raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ _public = {  # public name -> the room that holds it
     "RECIPES": "train.recipes", "Recipe": "train.recipes", "get_recipe": "train.recipes",
     "Run": "train.trainer",
     "LatentStats": "interpret.latents",
+    "Transcoder": "sae.transcoder", "Synthetic": "data.synthetic", "pairs": "data.pairs", "advise": "train.advisor",
+    "recovery": "evaluate.recovery", "sweep": "evaluate.sweep", "Frontier": "evaluate.frontier",
 }
 _verbs = ["train", "evaluate"]  # chapters that can be called, see `_callable`
 __all__ = [*_public, *_verbs, "__version__"]

@@ -23,7 +23,7 @@ class MutualChoiceGate(BatchTopKGate):
     name = "mutual_choice"
 
 
-GATES[MutualChoiceGate.name] = MutualChoiceGate
+GATES.setdefault(MutualChoiceGate.name, MutualChoiceGate)
 
 # %% ../../nbs/sae/01d_choice.ipynb #7a770389
 def zipf_quotas(
@@ -105,14 +105,14 @@ class FeatureChoiceGate(BatchGate):
     ) -> Tensor: # (d_sae,) long
         "How many tokens of this batch each latent may keep."
         size, M, total = z.numel(), self.d_sae, self.budget(z)
-        if size not in self._shares: self._shares = {size: zipf_quotas(M, total, size//M, self.exponent if self.quotas == "zipf" else 0.).to(z.device)}
+        if (size, total) not in self._shares: self._shares = {(size, total): zipf_quotas(M, total, size//M, self.exponent if self.quotas == "zipf" else 0.).to(z.device)}   # k may rise while training
         rank = torch.argsort(z.sum(0, dtype=torch.float32)).argsort()                  # Σ_t z_ti
         if self.affinity == "density" and total:
             level = nth_largest(z, total, .9*self._level if self._level > 0 else -math.inf)
             if z.device.type == "cpu": self._level = level.item(); many = torch.from_numpy(np.bincount(np.flatnonzero(numbers(z) >= self._level) % M, minlength=M))
             else: many = (z >= level).sum(0)
             rank = rank + M*many                                                       # Σ_t z_ti decides between equals
-        return torch.empty_like(self._shares[size]).scatter(0, rank.argsort(descending=True), self._shares[size])
+        return torch.empty_like(self._shares[size, total]).scatter(0, rank.argsort(descending=True), self._shares[size, total])
 
     def choose(self,
         z:Tensor, # (..., d_sae) pre-activations of one batch
@@ -131,4 +131,4 @@ class FeatureChoiceGate(BatchGate):
         return dict(super().config(), quotas=self.quotas, exponent=self.exponent, affinity=self.affinity)
 
 
-GATES[FeatureChoiceGate.name] = FeatureChoiceGate
+GATES.setdefault(FeatureChoiceGate.name, FeatureChoiceGate)

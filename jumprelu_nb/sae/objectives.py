@@ -118,7 +118,7 @@ class Together(Objective):
         for p in self.parts: p.after_step_(sae, l0, progress)
     def state_dict(self) -> dict: return {k if i == 0 else f"{k}_{i}": v for i, p in enumerate(self.parts) for k, v in p.state_dict().items()}
     def load_state_dict(self, d:dict) -> None:
-        for i, p in enumerate(self.parts): p.load_state_dict({k: d[k if i == 0 else f"{k}_{i}"] for k in p.state if (k if i == 0 else f"{k}_{i}") in d})
+        for i, p in enumerate(self.parts): p.load_state_dict({k: d[k if i == 0 else f"{k}_{i}"] for k in p.state_dict() if (k if i == 0 else f"{k}_{i}") in d})
 
 # %% ../../nbs/sae/03_objectives.ipynb #043b4dba
 def update_(

@@ -43,7 +43,7 @@ class AbsTopKGate(TopKGate):
         return z
 
 
-GATES[AbsTopKGate.name] = AbsTopKGate
+GATES.setdefault(AbsTopKGate.name, AbsTopKGate)
 
 # %% ../../nbs/sae/01b_topk.ipynb #d22bdfd7
 @torch.no_grad()
@@ -186,4 +186,4 @@ class BatchTopKGate(BatchGate):
         return mask, low
 
 
-GATES[BatchTopKGate.name] = BatchTopKGate
+GATES.setdefault(BatchTopKGate.name, BatchTopKGate)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 from ..sae.auxiliary import AuxK, AuxZipf, MultiTopK
 from ..sae.gates import Gate, make_gate
@@ -17,7 +16,7 @@ from ..sae.matryoshka import Matryoshka, prefixes
 from ..sae.model import SAE, threshold_for_l0
 from ..sae.objectives import L0, Balanced, L0Target, Objective, Together, ramp
 from ..sae.transcoder import Transcoder
-from .recipes import Recipe, get_recipe
+from .recipes import Recipe
 
 # %% auto #0
 __all__ = ['duration', 'lr_factor', 'threshold_travel', 'advice', 'learning_rate', 'build_gate', 'geometric_median', 'build_sae',
@@ -82,7 +81,7 @@ def learning_rate(
     "The recipe's learning rate, or the rule min(.2 (B/2048) √(10⁶/tokens), .25) · min(1, √(16 d_in/d_sae)) / √d_in."
     if r.lr is not None: return r.lr
     short = min(.2 * r.batch_size / 2048 * math.sqrt(1e6 / tokens), .25)
-    return short * min(1., math.sqrt(16 * d_in / (d_sae or 8 * d_in))) / math.sqrt(d_in)
+    return r.lr_scale * short * min(1., math.sqrt(16 * d_in / (d_sae or 8 * d_in))) / math.sqrt(d_in)
 
 # %% ../../nbs/train/00b_build.ipynb #5df93c16
 def build_gate(
@@ -124,7 +123,7 @@ def build_sae(
     "Make the recipe's SAE and initialise it from a sample."
     d_in, gate = u.shape[-1], build_gate(r, d_sae, u.shape[-1])
     centre = dict(mean=lambda: y.mean(0), median=lambda: geometric_median(y), zero=lambda: None)[r.b_dec]()
-    if "transcoder" in r.model: sae = Transcoder(d_in, d_sae, gate, d_out=y.shape[-1], skip=r.model == "skip_transcoder", decoder_norm=r.decoder_norm).init_(seed, b_dec=centre)
+    if "transcoder" in r.model: sae = Transcoder(d_in, d_sae, gate, d_out=y.shape[-1], skip=r.model == "skip_transcoder", decoder_norm=r.decoder_norm).init_(seed, r.enc_scale, centre, centre=u.mean(0))
     elif r.model == "tied": sae = TiedSAE(d_in, d_sae, gate).init_(seed)
     else:
         sae = SAE(d_in, d_sae, gate, pre_encoder_bias=r.pre_encoder_bias, decoder_norm=r.decoder_norm).init_(seed, r.enc_scale, centre, dec_norm=r.dec_norm)
@@ -132,6 +131,7 @@ def build_sae(
     if r.gate == "jumprelu" and r.threshold is None:
         share = r.l0_start if r.objective == "balanced" else 1.
         gate.set_threshold_(max(threshold_for_l0(sae.pre_acts(u).detach(), min(share * r.l0, .9 * d_sae)), 1e-6))
+    if "transcoder" in r.model: sae.align_(u, y)                                          # rows point to where their latents matter
     if r.objective == "tanh": anthropic_init_(sae, u, min(10_000, .2 * d_sae), seed)      # 10,000 active latents are more than a small dictionary has
     return sae
 
@@ -164,7 +164,7 @@ def build_objective(
                 l0=lambda: L0(lam, warmup, target, r.l0_gain), l1=lambda: RIL1(lam, warmup, target, r.l0_gain), ri_l1=lambda: RIL1(lam, warmup, target, r.l0_gain),
                 quadratic_frequency=lambda: QuadraticFrequency(lam, r.omega0, warmup, target, r.l0_gain),
                 tanh=lambda: TanhL0(lam, warmup, target, r.l0_gain, r.tanh_scale, r.pre_act, d_in=d_in, dead_after=dead),
-                gated_l1=lambda: GatedL1(lam, warmup, target, r.l0_gain), p_anneal=lambda: PAnneal(lam, r.p_end, start=r.p_from, end=max(.9, r.p_from), warmup=warmup, l0=target, gain=r.l0_gain),
+                gated_l1=lambda: GatedL1(lam, warmup, target, r.l0_gain), p_anneal=lambda: PAnneal(lam, r.p_end, start=r.p_from, end=max(.8, r.p_from), warmup=warmup, l0=target, gain=r.l0_gain),
                 none=lambda: Budget(r.l0, r.l0_start, duration(r.l0_ramp, tokens)))[r.objective]()
     if r.prefixes: main = Matryoshka(prefixes(d_sae, r.prefixes), main)
     more = dict(auxk=lambda: AuxK(r.k_aux, r.aux_coefficient, dead), aux_zipf=lambda: AuxZipf(r.k_aux, r.aux_coefficient, max(dead, 20 * r.batch_size), exponent=r.exponent),

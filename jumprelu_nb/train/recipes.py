@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from ..sae.gates import GATES
-from ..sae.model import SAE as _
+from ..sae import model  # noqa: F401  (it brings all gates along)
 from ..sae.ste import KERNELS
 
 # %% auto #0
@@ -66,6 +66,7 @@ class Recipe:
     # optimizer
     batch_size: int = 2048                # tokens per step
     lr: float|None = None                 # of weights and biases; None: by the rule of `learning_rate`
+    lr_scale: float = 1.                  # what that rule is multiplied by for this architecture
     lr_threshold: float = .03             # of θ, or of ln θ
     betas: tuple[float, float] = (.9, .99) # Adam's decay rates of the first and second moment
     eps: float = 1e-8                     # Adam's
@@ -140,7 +141,7 @@ def _check(r:Recipe) -> Recipe:
     need("transcoder" not in r.model or not r.auxiliary, "auxiliary terms are for SAEs")
     need(r.dec_norm == 1 or r.decoder_norm == "free", f"rows of length {r.dec_norm:g} need decoder_norm 'free'")
     need(r.batch_size >= 1, f"batch_size must be at least 1, got {r.batch_size}")
-    need(r.lr is None or r.lr > 0, f"lr must be positive, got {r.lr}")
+    need((r.lr is None or r.lr > 0) and r.lr_scale > 0, f"lr and lr_scale must be positive, got {r.lr} and {r.lr_scale}")
     need(r.threshold is None or r.threshold > 0, f"the initial threshold must be positive, got {r.threshold}")
     need(r.threshold is not None or r.l0 is not None or r.gate != "jumprelu", "without an initial threshold it needs l0 to find one")
     need(r.bandwidth > 0 and (r.relative_bandwidth in (None, "advised") or not isinstance(r.relative_bandwidth, str) and r.relative_bandwidth > 0), "the bandwidth must be positive, and a relative one a number, 'advised' or None")
@@ -157,7 +158,7 @@ _penalty = dict(calibrate=False, penalty_warmup=.05)
 _short = [
     Recipe("practical", "ablation study of this project"),
     Recipe("l0_target", "the classical form of `practical`: a written loss instead of a controller", objective="l0_target", coefficient=3., l0_start=1., parametrisation="raw", lr_threshold=3e-3),
-    Recipe("quadratic_frequency", "the loss of the GDM mechanistic interpretability update of March 2025, as we read its prose", objective="quadratic_frequency", **_penalty, l0_start=1.),
+    Recipe("quadratic_frequency", "the loss of the GDM mechanistic interpretability update of March 2025, as we read its prose", objective="quadratic_frequency", **_penalty, l0_gain=.02, l0_start=1.),
     Recipe("topk", "Gao et al. 2024, arXiv 2406.04093", gate="topk", **_k),
     Recipe("topk_auxk", "Gao et al. 2024, arXiv 2406.04093, with its remedy for dead latents", gate="topk", auxiliary=("auxk",), **_k),
     Recipe("multi_topk", "Gao et al. 2024, arXiv 2406.04093, § on progressive codes", gate="topk", auxiliary=("multi_topk",), **_k),
@@ -167,13 +168,13 @@ _short = [
     Recipe("matryoshka_jumprelu", "the prefixes of arXiv 2503.17547 over JumpReLU, as Gemma Scope 2 does", prefixes=(1/16, 1/8, 1/4, 1/2, 1.)),
     Recipe("mutual_choice", "Ayonrinde 2024, arXiv 2411.02124", gate="mutual_choice", **_k),
     Recipe("feature_choice", "Ayonrinde 2024, arXiv 2411.02124; quotas and aux_zipf as defined by us", gate="feature_choice", auxiliary=("aux_zipf",), **_k),
-    Recipe("gated", "Rajamanoharan et al. 2024, arXiv 2404.16014", gate="gated", objective="gated_l1", **_penalty),
-    Recipe("relu_l1", "Bricken et al. 2023, Towards Monosemanticity", gate="relu", objective="l1", **_penalty),
+    Recipe("gated", "Rajamanoharan et al. 2024, arXiv 2404.16014", gate="gated", objective="gated_l1", lr_scale=2., **_penalty),
+    Recipe("relu_l1", "Bricken et al. 2023, Towards Monosemanticity", gate="relu", objective="l1", lr_scale=2., **_penalty),
     Recipe("ri_l1", "Anthropic, Circuits Updates April 2024", gate="relu", objective="ri_l1", decoder_norm="free", pre_encoder_bias=False, **_penalty),
     Recipe("tied_relu", "Cunningham et al. 2023, arXiv 2309.08600", model="tied", gate="relu", objective="l1", enc_scale=1., pre_encoder_bias=False, b_dec="zero", **_penalty),
     Recipe("p_anneal", "Karvonen et al. 2024, arXiv 2408.00113", gate="relu", objective="p_anneal", **_penalty),
-    Recipe("transcoder", "Dunefsky et al. 2024, arXiv 2406.11944, with JumpReLU as in Gemma Scope", model="transcoder", pre_encoder_bias=False),
-    Recipe("skip_transcoder", "Paulo et al. 2025, arXiv 2501.18823, with JumpReLU as in Gemma Scope 2", model="skip_transcoder", pre_encoder_bias=False),
+    Recipe("transcoder", "Dunefsky et al. 2024, arXiv 2406.11944, with JumpReLU as in Gemma Scope", model="transcoder", pre_encoder_bias=False, enc_scale=.5, lr_scale=.4),
+    Recipe("skip_transcoder", "Paulo et al. 2025, arXiv 2501.18823, with JumpReLU as in Gemma Scope 2", model="skip_transcoder", pre_encoder_bias=False, enc_scale=.5, lr_scale=.4),
 ]
 
 # %% ../../nbs/train/00_recipes.ipynb #61f223c7

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from ..data.activations import Activations
 from ..data.lm import LanguageModel
 from ..sae.model import SAE, threshold_for_l0, write_atomically
@@ -100,7 +100,8 @@ class Trainer:
         self.step_no += 1
         if self.resample_at and self.step_no >= self.resample_at[0]:
             self.resample_at = self.resample_at[1:]
-            resample_(sae, self.opt, u, self.silent_for, duration(r.dead_after, self.tokens) * self.tokens, seed=self.seed + self.step_no)
+            new = resample_(sae, self.opt, u, self.silent_for, duration(r.dead_after, self.tokens) * self.tokens, self.seed + self.step_no, target=y)
+            self.silent_for[new] = 0.
         return codes
 
     def state_dict(self) -> dict:
@@ -223,8 +224,9 @@ def _activations(source:Any, site:Any, text:Any, seed:int, context_size:int|None
         return acts, dict(model_name=source.name, site=site.name, text=str(text) if isinstance(text, (str, Path)) else "given", context_size=size,
                           prepend_bos=source.bos_id is not None, special_tokens="left out")
     if site is not None: raise ValueError("A site is a place in a language model; plain activations have none: leave site out.")
+    sites = getattr(source, "sites", None)                                         # of pairs: where they were read and written
     if not isinstance(source, Activations): source = Activations.from_tensor(source) if hasattr(source, "shape") else Activations.from_blocks(source)
-    return source, {}
+    return source, dict(zip(("site", "site_out"), map(str, sites))) if sites else {}
 
 
 def _folder(out:Any, resume:bool) -> Path|None:
@@ -270,7 +272,7 @@ def train(
     out = _folder(out, resume)
     if isinstance(source, (str, Path)): source = LanguageModel.load(str(source), device=device)
     acts, origin = _activations(source, site, text, seed, context_size, cache)
-    d_sae = 10 * acts.d_in if d_sae is None else d_sae
+    d_sae = 10 * (getattr(acts, "split", None) or acts.d_in) if d_sae is None else d_sae
     if device is None: device = source.device if isinstance(source, LanguageModel) else acts.device
     for line in advice(recipe, acts.d_in, d_sae, tokens): warnings.warn(line, stacklevel=2)
     trainer = Trainer(acts, recipe, d_sae, tokens, seed, device)
