@@ -117,7 +117,7 @@ def test_help_is_light_and_complete():
     code = "import sys; from jumprelu_nb.share.cli import main; c = main(['train', '--help']); sys.exit(c or 9*('torch' in sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    for word in (*RECIPES, "--d-sae", "--l0", "--resume", "--set"): assert word in run.stdout
+    for word in ("practical", "topk", "batch_topk", "gated", "relu_l1", "gemma_scope", "--d-sae", "--l0", "--resume", "--set"): assert word in run.stdout
     assert "checkpoint-seconds" not in run.stdout
 
 
@@ -144,7 +144,7 @@ def test_debug_shows_the_traceback(cli, monkeypatch):
     "unknown layer": ("train {small} --layer 3", "0 to 2"),
     "negative layer": ("train {small} --layer -1", "0 to 2"),
     "two layers": ("train {small} --site resid_post.1 --layer 2", "names its layer already"),
-    "unknown recipe": ("train {small} --recipe practicle", "practical, paper"),
+    "unknown recipe": ("train {small} --recipe practicle", "practical, l0_target"),
     "unknown field": ("train {small} --set bandwith=1", "no field 'bandwith'"),
     "a value of the wrong type": ("train {small} --set lr=fast", "'fast' is not"),
     "a value that makes no sense": ("train {small} --set batch_size=0", "batch_size"),

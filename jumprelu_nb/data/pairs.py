@@ -89,7 +89,9 @@ def pairs(
 ) -> Pairs:
     "Serve what two sites of a language model hold at the same tokens, special tokens left out."
     a, b = _in_order(lm, site_in, site_out)
-    return Pairs(Activations.from_lm(_Both(lm, a, b), a, text, split, **settings), a.d_in)
+    out = Pairs(Activations.from_lm(_Both(lm, a, b), a, text, split, **settings), a.d_in)
+    out.sites = a, b
+    return out
 
 # %% ../../nbs/data/05_pairs.ipynb #703a6726
 def pair_up(

@@ -5,12 +5,10 @@
 # %% ../../nbs/train/00c_advisor.ipynb #78601085
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from ..sae.model import SAE, threshold_for_l0
 from ..sae.objectives import Balanced, reconstruction_loss
 from ..sae.sparse import codes_of
 from ..sae.ste import optimal_bandwidth

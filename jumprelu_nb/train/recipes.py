@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from ..sae.gates import GATES
-from ..sae import model  # noqa: F401  (it brings all gates along)
+from ..sae.model import SAE  # noqa: F401  (its room brings all gates along)
 from ..sae.ste import KERNELS
 
 # %% auto #0
