@@ -16,7 +16,6 @@ from test_lm import make_model, make_tokenizer, promised
 import jumprelu_nb.train.trainer as trainer
 from jumprelu_nb.sae.model import SAE
 from jumprelu_nb.share.cli import main
-from jumprelu_nb.train.recipes import RECIPES
 from jumprelu_nb.train.trainer import train
 
 small = "--tokens 6000 --d-sae 64 --l0 8 --set batch_size=256 --eval-tokens 1000 --show 0"      # 24 steps

@@ -101,7 +101,7 @@ class Objective:
             if k not in d: raise ValueError(f"This state belongs to another objective: it has no {k!r}, which {type(self).__name__} needs.")
             setattr(self, k, d[k])
 
-
+# %% ../../nbs/sae/03_objectives.ipynb #c035c346
 class Together(Objective):
     "Several objectives at once: the reconstruction of the first, the penalties and actions of all."
     def __init__(self,
@@ -142,7 +142,7 @@ def update_(
         objective.after_step_(sae, codes.l0, progress)
     return error.detach()
 
-
+# %% ../../nbs/sae/03_objectives.ipynb #20fcd449
 def fit(
     sae:SAE, # initialised; changed in place
     objective:Objective, # what is asked

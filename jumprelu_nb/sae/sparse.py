@@ -14,8 +14,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from .model import SAE
 
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")   # torch says so once per process
-
 # %% auto #0
 __all__ = ['positions', 'Layout', 'Codes', 'codes_of']
 
@@ -34,7 +32,10 @@ def positions(
     rows = flat >> (width.bit_length() - 1) if width & (width - 1) == 0 else flat.div(width, rounding_mode="floor")
     return rows, flat - rows * width
 
+# %% ../../nbs/sae/02b_sparse.ipynb #48bfc283
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")   # torch says so once per process
 
+# %% ../../nbs/sae/02b_sparse.ipynb #bc46fcd6
 class Layout:
     "Where the entries of a list stand: row and latent of each, sorted by row, and the permutation that sorts them by latent."
     def __init__(self,
@@ -99,7 +100,7 @@ class _Encode(torch.autograd.Function):
         return (l.decode(g, W_enc.T.contiguous()) if need_u else None, l.collect(g, u).T.contiguous() if need_W else None,
                 g.new_zeros(l.d_sae).index_add_(0, l.at, g) if need_b else None, None, None)
 
-
+# %% ../../nbs/sae/02b_sparse.ipynb #6f24c3dd
 class _Decode(torch.autograd.Function):
     "The sparse table times a matrix."
 

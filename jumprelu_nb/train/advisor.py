@@ -49,7 +49,7 @@ class Advice:
         return (f"saw      p(θ) = {self.p:.3g}, p′(θ) = {self.slope:.3g}, marginal benefit {self.price:.3g}, γ_μ = {self.gamma:.2f}\n"
                 f"proposes θ = {self.threshold:.4g}, ε = {self.relative_bandwidth:.2f} θ ({self.hits:.1f} hits per latent and step), λ = {self.coefficient:.3g}, lr = {self.lr:.3g}")
 
-
+# %% ../../nbs/train/00c_advisor.ipynb #73c68c5d
 def advise(
     u:Tensor, # (n, d_in) sample of activations, a few thousand; any scale
     recipe:str|Recipe="practical", # what is to be trained
@@ -62,6 +62,7 @@ def advise(
     "Look at a sample and propose what the recipe leaves open."
     r, d_sae = get_recipe(recipe, **fields), d_sae or 10 * u.shape[-1]
     C = u.square().sum(-1).mean().sqrt()
+    if not C > 0 or not C.isfinite(): raise ValueError("These activations are all zero, or hold NaN or infinity: there is nothing to measure on them, look at where they come from.")
     u, y = u / C, (u if target is None else target) / C
     l0 = r.l0 or 32.
     probe = r.but(gate="jumprelu", objective="balanced", auxiliary=(), prefixes=(), l0=l0, threshold=None, relative_bandwidth=.5) if r.model != "tied" else get_recipe(l0=l0, b_dec="zero", pre_encoder_bias=False)
@@ -78,7 +79,7 @@ def advise(
     l1 = r.objective in ("l1", "ri_l1", "gated_l1", "p_anneal")
     return Advice(l0, t, ratio, 2 * t if l1 else price, learning_rate(r, u.shape[-1], d_sae, tokens), p, slope, price, r.batch_size * ratio * t * p, (u.mean(0).norm() / sigma).item())
 
-
+# %% ../../nbs/train/00c_advisor.ipynb #5c264296
 def settle(
     r:Recipe, # with open fields: lr, relative_bandwidth "advised", coefficient None
     u:Tensor, # (n, d_in) sample

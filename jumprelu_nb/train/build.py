@@ -100,7 +100,7 @@ def build_gate(
     return make_gate("jumprelu", d_sae, threshold=theta, bandwidth=eps, kernel=r.kernel, parametrisation=r.parametrisation,
                      relative_bandwidth=.5 if r.relative_bandwidth == "advised" else r.relative_bandwidth, ste_to_input=r.ste_to_input)
 
-
+# %% ../../nbs/train/00b_build.ipynb #9f00c2fd
 def geometric_median(
     x:Tensor, # (n, d) rows
     steps:int=50, # of Weiszfeld's iteration
@@ -112,7 +112,7 @@ def geometric_median(
         m = (w * x).sum(0) / w.sum()
     return m
 
-
+# %% ../../nbs/train/00b_build.ipynb #6b25d980
 def build_sae(
     r:Recipe, # describes the SAE
     u:Tensor, # (n, d_in) sample of scaled activations
@@ -144,11 +144,15 @@ class Budget(Objective):
         over:float=.3, # share of the training after which it is reached
     ): self.l0, self.start, self.over = l0, start, over
 
-    def before_step_(self, sae, progress):
+    def before_step_(self,
+        sae:SAE, # whose gate has a budget k
+        progress:float, # share of the training already used
+    ) -> None:
+        "Set k for the next batch."
         k = self.l0 * ramp(progress, self.over, self.start)
         sae.gate.k = max(1, round(k)) if isinstance(sae.gate.k, int) else k
 
-
+# %% ../../nbs/train/00b_build.ipynb #7b0d5a65
 def build_objective(
     r:Recipe, # describes the objective
     tokens:int, # length of the training

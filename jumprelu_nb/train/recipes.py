@@ -225,3 +225,9 @@ def get_recipe(
             raise ValueError(f"Unknown recipe {recipe!r}" + (f", did you mean {near[0]!r}? If not," if near else ":") + f" choose one of {', '.join(RECIPES)}.")
         recipe = RECIPES[recipe]
     return recipe.but(**fields)
+
+
+# Reading the list: the second column is the gate, the third what is asked beside reconstruction. `none` belongs to gates that fix the L0 by themselves. The short recipes come first and are what to compare
+# architectures with; the published ones follow and are what to begin from when there are billions of tokens to spend. A published recipe without a target has the coefficient of its source, and reaches whatever L0 that
+# gives; with `l0=` its coefficient is only where the controller starts. What a source does not say had to be chosen here, and is not starred. Nobody should mistake such a value for the authors': a baseline
+# that loses because of a learning rate that its authors never used has lost nothing.
