@@ -258,7 +258,7 @@ def load(
     try: t = load_file(folder/"sae_weights.safetensors")
     except (SafetensorError, ValueError) as e: raise ValueError(f"{folder/'sae_weights.safetensors'} is truncated or damaged ({e}): save or download the SAE again.") from None
     gates = {v: k for k, v in _architecture.items()}
-    if str(cfg.get("architecture")).endswith("transcoder"): raise ValueError(f"{folder} holds a transcoder: read it with jumprelu_nb.sae.transcoder.Transcoder.load.")
+    if str(cfg.get("architecture")).endswith("transcoder"): raise ValueError(f"{folder} holds a {cfg['architecture']}: read it with jumprelu_nb.sae.transcoder.Transcoder.load.")
     if (arch := cfg.get("architecture")) not in gates: raise ValueError(f"Architecture {arch!r} is not one this form can hold ({', '.join(gates)}).")
     if (norm := cfg.get("normalize_activations", "none")) != "none": raise ValueError(f"normalize_activations = {norm!r} is not folded into the weights: fold it before saving.")
     gate = {"name": gates[arch], **({"k": cfg["k"]} if "topk" in arch else {})}
