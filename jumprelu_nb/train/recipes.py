@@ -213,7 +213,7 @@ _long = [
 ]
 RECIPES: dict[str, Recipe] = {r.name: _check(r) for r in _short + _long}
 
-
+# %% ../../nbs/train/00_recipes.ipynb #3f78e29a
 def get_recipe(
     recipe:str|Recipe="practical", # a name of `RECIPES`, or a recipe of your own
     **fields, # changes
