@@ -5,7 +5,6 @@
 # %% ../../nbs/sae/02b_sparse.ipynb #e78f1e36
 from __future__ import annotations
 
-import warnings
 from functools import cached_property
 
 import torch
@@ -31,9 +30,6 @@ def positions(
         flat = at.index_select(0, inner >> 3) * 8 + (inner & 7)
     rows = flat >> (width.bit_length() - 1) if width & (width - 1) == 0 else flat.div(width, rounding_mode="floor")
     return rows, flat - rows * width
-
-# %% ../../nbs/sae/02b_sparse.ipynb #48bfc283
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")   # torch says so once per process
 
 # %% ../../nbs/sae/02b_sparse.ipynb #bc46fcd6
 class Layout:
