@@ -5,6 +5,7 @@
 # %% ../nbs/figures.ipynb #a49f770c
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Mapping, Sequence
 
 if TYPE_CHECKING: from plotly.graph_objects import Figure
@@ -64,8 +65,9 @@ def lines(
         mode = "markers" if name in points else "lines+markers" if name in measured else "lines"
         fig.add_scatter(x=None if xs is None else _values(xs), y=_values(ys), name=name, mode=mode, marker_size=6,
                         line=dict(color=palette[i % len(palette)], dash="dash" if name in dashed else "solid"))
-    for name, v in (vlines or {}).items(): fig.add_vline(x=float(v), line=dict(dash="dot", color="#888", width=1), opacity=1, annotation_text=name)
-    for name, v in (hlines or {}).items(): fig.add_hline(y=float(v), line=dict(dash="dot", color="#888", width=1), opacity=1, annotation_text=name)
+    rule, place = dict(line=dict(dash="dot", color="#888", width=1), opacity=1), lambda v, log: math.log10(v) if log else float(v)      # on a logarithmic axis labels stand at exponents, rules do not
+    for name, v in (vlines or {}).items(): fig.add_vline(x=float(v), **rule).add_annotation(text=name, x=place(v, layout.get("log_x")), yref="paper", y=1, xanchor="left", yanchor="top", showarrow=False)
+    for name, v in (hlines or {}).items(): fig.add_hline(y=float(v), **rule).add_annotation(text=name, y=place(v, layout.get("log_y")), xref="paper", x=1, xanchor="right", yanchor="bottom", showarrow=False)
     if len(curves) == 1: fig.update_layout(showlegend=False)
     return dress(fig, x, y, **layout)
 

@@ -169,6 +169,12 @@ def test_resume_anywhere(lm, tokens, tmp_path, name):
         for x, y in zip(islice(again, 25), whole[at:]): assert torch.equal(x, y)
     assert not torch.equal(next(make().loader(**{**kw, "seed": 4})), whole[0])
 
+def test_the_mark_knows_rows_and_not_their_container(tmp_path):
+    x = torch.randn(300, 8)
+    np.save(tmp_path/"x.npy", x.numpy())
+    marks = {Activations.from_tensor(v).mark for v in (x, x.numpy(), np.load(tmp_path/"x.npy", mmap_mode="r"))}
+    assert len(marks) == 1 and Activations.from_tensor(x.double()).mark not in marks and Activations.from_tensor(x + 1e-6).mark not in marks
+
 FRESH = """
 import json, sys, torch
 torch.set_num_threads(1)

@@ -108,3 +108,11 @@ def test_state_is_all_a_step_depends_on(toy):
     other = iter(b.loader)
     for _ in range(7): a.step(next(it)); b.step(next(other))
     for p, q in zip(a.sae.parameters(), b.sae.parameters()): assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("name", ["practical", "batch_topk"])
+def test_a_generator_that_can_be_read_once_trains_to_its_end(toy, name):
+    "the rows of the last calibration are drawn before the training reads the rest"
+    run = quiet((b for b in toy.split(5000)), recipe=name, d_sae=96, l0=4, tokens=30_000, batch_size=500)
+    assert measure(run.sae, toy[:20_000])[0] == pytest.approx(4, rel=.2)
+    with pytest.raises(ValueError, match="only once"): quiet((b for b in toy.split(5000)), d_sae=96, l0=4, tokens=90_000, batch_size=500)

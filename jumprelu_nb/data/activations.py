@@ -153,7 +153,7 @@ class Activations:
         def blocks(order, epoch):
             for rows in torch.randperm(len(x), generator=_generator(order, epoch)).split(8192):
                 yield len(rows), partial(_take, x, rows)
-        mark = fingerprint(tuple(x.shape), str(x.dtype), _take(x, torch.arange(0, len(x), max(1, len(x)//1024))))
+        mark = fingerprint(tuple(x.shape), f"torch.{str(x.dtype).removeprefix('torch.')}", _take(x, torch.arange(0, len(x), max(1, len(x)//1024))))
         return cls(blocks, x.shape[1], name, len(x), x.device if isinstance(x, Tensor) else "cpu", mark, seed)
 
     @classmethod

@@ -149,6 +149,7 @@ def _site_of(
     site:str|Site|None, # what the user said
 ) -> Site: # checked against the SAE's width
     "Find out where the SAE belongs."
+    if hasattr(sae, "d_out"): raise ValueError("A transcoder does not give back what it reads, so it cannot be spliced in at one site: measure it on pairs with `reconstruction`.")
     name = site or (getattr(sae, "metadata", None) or {}).get("site")
     if name is None: raise ValueError("Where does this SAE belong? Its metadata names no site: give site=\"resid_post.2\" or the like.")
     s = lm.site(name)

@@ -132,16 +132,19 @@ def blocks_of(
 
 @torch.no_grad()
 def reconstruction(
-    sae:SAE, # anything with `encode`, `decode`, `d_in`, `d_sae`
-    batches:Any, # what `blocks_of` takes
+    sae:SAE, # anything with `encode`, `decode`, `d_in`, `d_sae`; or a transcoder
+    batches:Any, # what `blocks_of` takes; for a transcoder rows of pairs [x | y], d_in + d_out wide
     tokens:int|None=None, # at most so many
 ) -> ReconstructionStats: # call `.result()` on it
-    "Run an SAE over activations and collect the sums."
-    stats = ReconstructionStats(sae.d_in, sae.d_sae)
+    "Run an SAE over activations, or a transcoder over pairs, and collect the sums."
+    d_out = getattr(sae, "d_out", None)                                  # a transcoder's
+    stats = ReconstructionStats(d_out or sae.d_in, sae.d_sae)
     for x in blocks_of(batches, tokens, batch=max(64, min(4096, 2**27 // sae.d_sae))):
         x = x.to(sae.device, sae.dtype)
+        if d_out and x.shape[-1] != sae.d_in + d_out: raise ValueError(f"A transcoder is measured on pairs [x | y] of {sae.d_in} + {d_out} numbers, as `pairs` makes them; these rows have {x.shape[-1]}.")
+        x, y = (x[:, :sae.d_in], x[:, sae.d_in:]) if d_out else (x, x)
         acts = sae.encode(x)
-        stats.update(x, sae.decode(acts), acts)
+        stats.update(y, sae.decode(acts, x) if d_out else sae.decode(acts), acts)
     return stats
 
 # %% ../../nbs/evaluate/00_metrics.ipynb #db5ec6f0

@@ -48,7 +48,8 @@ class Trainer:
         self.acts, self.recipe, self.tokens, self.seed = acts, recipe, int(tokens), seed
         self.steps, self.step_no = math.ceil(self.tokens / recipe.batch_size), 0
         self.split = getattr(acts, "split", None)                      # pairs (x, y) come as rows [x | y]
-        x, y = self.halves(acts.sample(8192).float().cpu())            # the SAE is made on the CPU, and the same on every device
+        self.sample = acts.sample(20_480).float().cpu()                # for the start and for the last calibration; drawn now, because some sources can be read only once
+        x, y = self.halves(self.sample[:8192])                         # the SAE is made on the CPU, and the same on every device
         scale = x.square().sum(-1).mean().sqrt().item()
         if not math.isfinite(scale): raise ValueError(f"{acts.name}: NaN or infinity in a sample of {len(x):,} activations: run the model in float32, or clean the data.")
         if scale == 0: raise ValueError(f"{acts.name}: all zero in a sample of {len(x):,} activations, so there is no scale to train at.")
@@ -290,7 +291,7 @@ def train(
 # %% ../../nbs/train/01_trainer.ipynb #753b7ba6
 def _finish(trainer:Trainer, recipe:Recipe, metadata:dict) -> SAE:
     "Scale the thresholds to the wanted L0 on training tokens, and fold."
-    sae, x = trainer.sae, trainer.halves(trainer.acts.sample(20_480).to(trainer.device))[0]
+    sae, x = trainer.sae, trainer.halves(trainer.sample.to(trainer.device))[0]
     if recipe.calibrate and recipe.l0 and recipe.gate == "jumprelu":
         theta = sae.gate.inference_threshold()
         z = sae.pre_acts(x / sae.scale).detach()
