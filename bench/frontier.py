@@ -2,10 +2,10 @@
 
     python bench/frontier.py --data resid_post.2                      # tunes, then trains 60 SAEs: about half an hour on one thread; go on after an interruption with the same line
     python bench/frontier.py --data mlp_out.2 --part 0/2              # half of the groups; another process does --part 1/2
-    python bench/frontier.py --data synth_sae_bench_cpu --l0s 4 8 16 32     # a preset of synthetic data, whose truth is known: 7.3 features per sample
+    python bench/frontier.py --data synth_sae_bench_cpu --l0s 4 8 16 32 --lrs .125 .25 .5 1 2 4     # a preset of synthetic data, whose truth is known: 7.3 features per sample
     python bench/frontier.py --picture nbs/images/frontier.svg        # draw what the three sites' files hold
 
-Tuning: one seed that is not reported, four learning rates per recipe (half, once, twice and four times the rule), chosen on data of their own: for the three sites of the embedded model at L0 32 of resid_post.2, on
+Tuning: one seed that is not reported, the same learning rates for every recipe (for the sites half, once, twice and four times the rule), chosen on data of their own: for the three sites of the embedded model at L0 32 of resid_post.2, on
 one half of the text's validation side; for synthetic data at the second L0. Reported: the other half. Results: bench/results/frontier/DATA/*.jsonl, one line per SAE."""
 import argparse
 import json
@@ -45,7 +45,7 @@ def tuned(data, lm, a):
     best = json.loads(path.read_text()) if path.exists() else {}
     if missing := [r for r in a.recipes if r not in best]:
         acts, held, _ = splits(where, lm, a.cache)
-        best |= choose(sweep(acts, missing, [l0], seeds=(1000,), lrs=(.5, 1., 2., 4.), d_sae=a.d_sae, tokens=a.tokens, **held, out=folder, name=f"tuning {where}, {a.d_sae}, {a.tokens}", control=False), l0)
+        best |= choose(sweep(acts, missing, [l0], seeds=(1000,), lrs=a.lrs, d_sae=a.d_sae, tokens=a.tokens, **held, out=folder, name=f"tuning {where}, {a.d_sae}, {a.tokens}", control=False), l0)
         write_atomically(path, json.dumps(best, indent=1))
     return best
 
@@ -55,7 +55,7 @@ if __name__ == "__main__":
     a.add_argument("--data", default="resid_post.2", help="a site of the embedded model, or a preset of synthetic data"); a.add_argument("--recipes", nargs="*", default=RECIPES); a.add_argument("--l0s", type=float, nargs="*", default=(32., 16., 64., 8.))
     a.add_argument("--seeds", type=int, nargs="*", default=(0, 1, 2)); a.add_argument("--tokens", type=int, default=1_000_000); a.add_argument("--d-sae", type=int, default=1024)
     a.add_argument("--part", default="0/1"); a.add_argument("--cache", type=Path); a.add_argument("--threads", type=int, default=1); a.add_argument("--group", type=int, default=5)
-    a.add_argument("--tune-only", action="store_true"); a.add_argument("--out", type=Path); a.add_argument("--picture", type=Path)
+    a.add_argument("--lrs", type=float, nargs="*", default=(.5, 1., 2., 4.), help="learning rates to choose from, relative to the rule"); a.add_argument("--tune-only", action="store_true"); a.add_argument("--out", type=Path); a.add_argument("--picture", type=Path)
     a = a.parse_args()
     if a.picture: raise SystemExit(f"Wrote {sum((Frontier.load(results/s) for s in SITES), Frontier([])).picture(a.picture, 'fvu', 'variance unexplained')}.")
     torch.set_num_threads(a.threads)

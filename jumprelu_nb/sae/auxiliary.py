@@ -128,7 +128,8 @@ def through(
     bias = sae.b_enc - sae.b_dec @ sae.W_enc if sae.pre_encoder_bias else sae.b_enc
     with torch.no_grad(): z = torch.addmm(bias, u, sae.W_enc)                     # the list has not kept what it does not need
     layout = Layout(*positions(gate.select(z)), len(u), sae.d_sae)
-    z = _Encode.apply(u, sae.W_enc, bias, z, layout)
+    z = z.view(-1).index_select(0, layout.rows * sae.d_sae + layout.at)
+    z = _Encode.apply(u, sae.W_enc, bias, z, layout, sae if "W_enc" in sae._parameters else None)
     return Codes(sae, u, z, gate.values(z, layout.at), layout, codes.target, codes.silent)
 
 

@@ -37,6 +37,11 @@ class GatedGate(Gate):
         "Find the open gates: they carry the value of the gate path, whatever the activation is."
         return z + self.b_gate > 0
 
+    @torch.no_grad()
+    def low(self) -> Tensor:
+        "The negative of the gate's bias."
+        return -self.b_gate
+
     def values(self,
         z:Tensor, # (n,) pre-activations at open gates
         at:Tensor, # (n,) latent of each

@@ -40,6 +40,10 @@ class Gate(nn.Module):
         "Find the entries that can carry a value or a gradient; all others are exactly 0 in both."
         return self(z) != 0
 
+    def low(self) -> Tensor|None:
+        "(d_sae,) limits such that `select` finds exactly the entries above its latent's, or None where there are none before the batch is seen."
+        return None
+
     def values(self,
         z:Tensor, # (n,) pre-activations of selected entries
         at:Tensor, # (n,) latent of each
@@ -78,6 +82,8 @@ class ReLUGate(Gate):
     def forward(self, z:Tensor) -> Tensor: return z.relu()
 
     def select(self, z:Tensor) -> Tensor: return z > 0
+
+    def low(self) -> Tensor: return torch.zeros(self.d_sae)
 
     def inference_threshold(self) -> Tensor: return torch.zeros(self.d_sae)
 
@@ -137,9 +143,10 @@ class JumpReLUGate(Gate):
 
     def forward(self, z:Tensor) -> Tensor: return jumprelu(z, self.threshold, self.bandwidth, self.kernel, self.ste_to_input)
 
+    def select(self, z:Tensor) -> Tensor: return z > self.low()
+
     @torch.no_grad()
-    def select(self, z:Tensor) -> Tensor:
-        return z > self.threshold - self.bandwidth * min(KERNELS[self.kernel].support, 6.)     # a Gaussian window is below float rounding at 6
+    def low(self) -> Tensor: return self.threshold - self.bandwidth * min(KERNELS[self.kernel].support, 6.)     # a Gaussian window is below float rounding at 6
 
     def values(self, z:Tensor, at:Tensor) -> Tensor:
         return jumprelu(z, self.threshold.index_select(0, at), self.bandwidth, self.kernel, self.ste_to_input)

@@ -25,6 +25,8 @@ class SAE(nn.Module):
         acts  = scale * gate(z)                                           (..., d_sae)
         x_hat = acts @ W_dec + scale * b_dec                              (..., d_in)
     """
+    sink: dict|None = None     # where an optimizer that works on lists collects the gradients of the two matrices
+
     def __init__(self,
         d_in:int, # width of the activations
         d_sae:int, # number of latents
@@ -39,7 +41,7 @@ class SAE(nn.Module):
         if d_in < 1 or d_sae < 1: raise ValueError(f"An SAE needs d_in ≥ 1 and d_sae ≥ 1, got d_in = {d_in}, d_sae = {d_sae}.")
         if decoder_norm not in ("unit", "free"): raise ValueError(f"Unknown decoder_norm {decoder_norm!r}: choose 'unit' or 'free'.")
         self.d_in, self.d_sae, self.pre_encoder_bias, self.decoder_norm, self.metadata = int(d_in), int(d_sae), pre_encoder_bias, decoder_norm, dict(metadata or {})
-        self.W_enc, self.b_enc = nn.Parameter(torch.zeros(d_in, d_sae)), nn.Parameter(torch.zeros(d_sae))
+        self.W_enc, self.b_enc = nn.Parameter(torch.zeros(d_sae, d_in).T), nn.Parameter(torch.zeros(d_sae))      # in memory a latent's weights stand side by side
         self.W_dec, self.b_dec = nn.Parameter(torch.zeros(d_sae, d_in)), nn.Parameter(torch.zeros(d_in))
         self.gate = make_gate(gate, d_sae)
         self.register_buffer("scale", torch.tensor(float(scale)))

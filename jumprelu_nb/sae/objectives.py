@@ -135,10 +135,11 @@ def update_(
     (error + objective.penalty(sae, codes, progress)).backward()
     with torch.no_grad():
         objective.adjust_grads_(sae, codes)
+        if grad_clip and hasattr(opt, "write_out"): opt.write_out()                     # a norm needs whole gradients
         sae.project_grad_()
         if grad_clip: nn.utils.clip_grad_norm_([p for n, p in sae.named_parameters() if not n.startswith("gate.")], grad_clip)
         opt.step()
-        sae.project_()
+        sae.gate.project_() if getattr(opt, "projects", False) else sae.project_()
         objective.after_step_(sae, codes.l0, progress)
     return error.detach()
 

@@ -5,13 +5,16 @@
 # %% ../../nbs/sae/02b_sparse.ipynb #e78f1e36
 from __future__ import annotations
 
+import threading
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from . import loops
 from .model import SAE
+from .screen import screened, worthwhile
 
 # %% auto #0
 __all__ = ['positions', 'Layout', 'Codes', 'codes_of']
@@ -35,13 +38,20 @@ def positions(
 class Layout:
     "Where the entries of a list stand: row and latent of each, sorted by row, and the permutation that sorts them by latent."
     def __init__(self,
-        rows:Tensor, # (n,) token of each entry, ascending
+        rows:Tensor|None, # (n,) token of each entry, ascending; None if `ends` is given
         at:Tensor, # (n,) latent of each entry
         batch:int, # tokens
         d_sae:int, # latents
+        ends:Tensor|None=None, # (batch,) where each token's entries end
     ):
-        self.rows, self.at, self.batch, self.d_sae = rows, at, batch, d_sae
-        self.row_ends = torch.bincount(rows, minlength=batch).cumsum(0)
+        self.at, self.batch, self.d_sae = at, batch, d_sae
+        if rows is not None: self.rows = rows
+        self.row_ends = torch.bincount(rows, minlength=batch).cumsum(0) if ends is None else ends
+
+    @cached_property
+    def rows(self) -> Tensor:
+        "(n,) token of each entry."
+        return torch.arange(self.batch, device=self.at.device).repeat_interleave(torch.diff(self.row_ends, prepend=self.row_ends.new_zeros(1)))
 
     @cached_property
     def row_starts(self) -> Tensor:
@@ -49,16 +59,28 @@ class Layout:
         return F.pad(self.row_ends[:-1], (1, 0))
 
     @cached_property
+    def turned(self) -> tuple:
+        "What `loops.turn` gives."
+        return loops.turn(self.at.numpy(), self.row_ends.numpy(), self.d_sae)
+
+    @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
         "((n,) permutation, (n,) tokens in that order, (d_sae,) position of each latent's first entry)."
         order = torch.argsort(self.at.to(torch.int16 if self.d_sae < 2**15 else torch.int32), stable=True)
         return order, self.rows.index_select(0, order), F.pad(torch.bincount(self.at, minlength=self.d_sae).cumsum(0)[:-1], (1, 0))
+
+    def fast(self,
+        *matrices:Tensor, # that shall be worked on
+    ) -> bool:
+        "Whether compiled loops can do it."
+        return loops.compiled() and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in matrices)
 
     def decode(self,
         v:Tensor, # (n,) one number per entry
         W:Tensor, # (d_sae, d) rows
     ) -> Tensor: # (batch, d) Σ over each token's entries of v·W[at]
         "Multiply the sparse table by a matrix."
+        if self.fast(v, W): return loops.decode(self.at.numpy(), v, self.row_ends.numpy(), W)
         return F.embedding_bag(self.at, W, self.row_starts, mode="sum", per_sample_weights=v.to(W.dtype))
 
     def collect(self,
@@ -66,6 +88,7 @@ class Layout:
         x:Tensor, # (batch, d) rows
     ) -> Tensor: # (d_sae, d) Σ over each latent's entries of v·x[row]
         "Multiply the transposed sparse table by a matrix."
+        if self.fast(v, x): return loops.collect(self.turned, v, x)
         order, rows, starts = self.by_latent
         return F.embedding_bag(rows, x, starts, mode="sum", per_sample_weights=v.index_select(0, order).to(x.dtype))
 
@@ -76,6 +99,7 @@ class Layout:
         "Evaluate the entries of x Wᵀ that are on the list, and no others."
         n = len(self.at)
         if n == 0: return x.new_zeros(0)
+        if self.fast(x, W): return loops.products(self.at.numpy(), self.row_ends.numpy(), x, W)
         table = torch.sparse_csr_tensor(F.pad(self.row_ends, (1, 0)), self.at, x.new_zeros(n), (self.batch, self.d_sae), check_invariants=False)
         return torch.sparse.sampled_addmm(table, x, W.T, beta=0.).values()
 
@@ -84,33 +108,35 @@ class _Encode(torch.autograd.Function):
     "Entries of u W_enc + bias, already computed, with the gradients of the product."
 
     @staticmethod
-    def forward(ctx, u, W_enc, bias, z, layout):
-        ctx.save_for_backward(u, W_enc); ctx.layout = layout
-        return z.view(-1).index_select(0, layout.rows * layout.d_sae + layout.at)
+    def forward(ctx, u, W_enc, bias, z, layout, sae=None):
+        ctx.save_for_backward(u, W_enc); ctx.layout, ctx.sae = layout, sae
+        return z.view_as(z)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         (u, W_enc), l = ctx.saved_tensors, ctx.layout
         need_u, need_W, need_b = ctx.needs_input_grad[:3]
-        return (l.decode(g, W_enc.T.contiguous()) if need_u else None, l.collect(g, u).T.contiguous() if need_W else None,
-                g.new_zeros(l.d_sae).index_add_(0, l.at, g) if need_b else None, None, None)
+        if need_W and ctx.sae is not None and ctx.sae.sink is not None: ctx.sae.sink.setdefault("W_enc", []).append((l, g, u)); need_W = False
+        return (l.decode(g, W_enc.T.contiguous()) if need_u else None, l.collect(g, u).T if need_W else None,
+                g.new_zeros(l.d_sae).index_add_(0, l.at, g) if need_b else None, None, None, None)
 
 # %% ../../nbs/sae/02b_sparse.ipynb #6f24c3dd
 class _Decode(torch.autograd.Function):
     "The sparse table times a matrix."
 
     @staticmethod
-    def forward(ctx, v, W, layout):
-        ctx.save_for_backward(v, W); ctx.layout = layout
+    def forward(ctx, v, W, layout, sae=None):
+        ctx.save_for_backward(v, W); ctx.layout, ctx.sae = layout, sae
         return layout.decode(v, W)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         (v, W), l = ctx.saved_tensors, ctx.layout
-        g = g.contiguous()
-        return l.products(g, W) if ctx.needs_input_grad[0] else None, l.collect(v, g) if ctx.needs_input_grad[1] else None, None
+        g, need_W = g.contiguous(), ctx.needs_input_grad[1]
+        if need_W and ctx.sae is not None and ctx.sae.sink is not None: ctx.sae.sink.setdefault("W_dec", []).append((l, v, g)); need_W = False
+        return l.products(g, W) if ctx.needs_input_grad[0] else None, l.collect(v, g) if need_W else None, None, None
 
 # %% ../../nbs/sae/02b_sparse.ipynb #90021c8d
 class Codes:
@@ -163,8 +189,8 @@ class Codes:
         W:Tensor|None=None, # (d_sae, d) rows; default: W_dec
     ) -> Tensor: # (batch, d) without any bias
         "Sum the rows of a matrix, weighted by the entries."
-        W = self.sae.W_dec if W is None else W
-        return v @ W if self.layout is None else _Decode.apply(v, W, self.layout)
+        own, W = (self.sae, self.sae.W_dec) if W is None else (None, W)
+        return v @ W if self.layout is None else _Decode.apply(v, W, self.layout, own)
 
     @cached_property
     def u_hat(self) -> Tensor:
@@ -199,24 +225,48 @@ class Codes:
         return v.new_zeros(len(self.u), self.sae.d_sae).index_put((self.layout.rows, self.layout.at), v)
 
 # %% ../../nbs/sae/02b_sparse.ipynb #c803bc1e
+_local = threading.local()
+
+
+def _room(rows, columns): # a table to write pre-activations into, kept for the next batch: fresh memory costs more than a pass over it
+    if getattr(_local, "room", None) is None or _local.room.numel() < rows * columns: _local.room = torch.empty(rows * columns)
+    return _local.room[:rows * columns].view(rows, columns)
+
+
+def _listed(sae, u, bias, share, screen): # → (z, layout) of the entries that count, or None if there are too many
+    B, M = len(u), sae.d_sae
+    low = sae.gate.low() if loops.compiled() and u.dtype == torch.float32 and u.device.type == "cpu" else None
+    if low is not None and (screen == "on" or screen == "auto" and worthwhile(B, sae.d_in, M)) and (found := screened(u, sae.W_enc.T, bias, low, min(share, .06) if share < 1 else 1.)) is not None:
+        at, value, ends = map(torch.from_numpy, found)
+        return value, Layout(None, at, B, M, ends)
+    z = torch.addmm(bias, u, sae.W_enc, out=_room(B, M)) if u.dtype == torch.float32 and u.device.type == "cpu" else torch.addmm(bias, u, sae.W_enc)
+    if low is not None:
+        if (found := loops.compact(z, low, share)) is None: return None
+        at, value, ends = map(torch.from_numpy, found)
+        return value, Layout(None, at, B, M, ends)
+    mask = sae.gate.select(z)
+    if share < 1 and int(mask.view(-1).view(torch.uint8).sum(dtype=torch.int64)) >= share * mask.numel(): return None
+    layout = Layout(*positions(mask), B, M)
+    return z.view(-1).index_select(0, layout.rows * M + layout.at), layout
+
+
 def codes_of(
     sae:SAE, # in training form
     u:Tensor, # (batch, d_in) scaled activations
     form:str="auto", # "table", "list", or "auto": a list where it pays
     target:Tensor|None=None, # (batch, d_out) what is to be reconstructed; default: u
     silent:Tensor|None=None, # (d_sae,) tokens since each latent last fired
+    screen:str="auto", # look at pre-activations in bfloat16 first: "on", "off", or "auto", where the machine is faster at it
 ) -> Codes:
     "Encode a batch."
     if form not in ("auto", "table", "list"): raise ValueError(f"Unknown form {form!r}: choose 'auto', 'table' or 'list'.")
+    if screen not in ("auto", "on", "off"): raise ValueError(f"Unknown screen {screen!r}: choose 'auto', 'on' or 'off'.")
     if form == "list" or form == "auto" and u.device.type == "cpu" and u.dtype == torch.float32:
         bias = sae.b_enc - sae.b_dec @ sae.W_enc if sae.pre_encoder_bias else sae.b_enc
-        with torch.no_grad():
-            z = torch.addmm(bias, u, sae.W_enc)
-            mask = sae.gate.select(z)
-            few = form == "list" or int(mask.view(-1).view(torch.uint8).sum(dtype=torch.int64)) < .08 * mask.numel()
-        if few:
-            layout = Layout(*positions(mask), len(u), sae.d_sae)
-            z = _Encode.apply(u, sae.W_enc, bias, z, layout)
+        with torch.no_grad(): found = _listed(sae, u, bias, 1. if form == "list" else .08, screen)
+        if found is not None:
+            z, layout = found
+            z = _Encode.apply(u, sae.W_enc, bias, z, layout, sae if "W_enc" in sae._parameters else None)
             return Codes(sae, u, z, sae.gate.values(z, layout.at), layout, target, silent)
     z = sae.pre_acts(u)
     return Codes(sae, u, z, sae.gate(z), None, target, silent)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from ..data.activations import Activations
 from ..data.lm import LanguageModel
+from ..sae.adam import optimizer
 from ..sae.model import SAE, threshold_for_l0, write_atomically
 from ..sae.l1family import resample_
 from ..sae.objectives import reconstruction_loss, update_
@@ -44,8 +45,9 @@ class Trainer:
         tokens:int, # length of the training
         seed:int=0, # feeds separate generators for weights and data
         device:str|torch.device="cpu", # where to train
+        screen:str="auto", # as for `codes_of`
     ):
-        self.acts, self.recipe, self.tokens, self.seed = acts, recipe, int(tokens), seed
+        self.acts, self.recipe, self.tokens, self.seed, self.screen = acts, recipe, int(tokens), seed, screen
         self.steps, self.step_no = math.ceil(self.tokens / recipe.batch_size), 0
         self.split = getattr(acts, "split", None)                      # pairs (x, y) come as rows [x | y]
         self.sample = acts.sample(20_480).float().cpu()                # for the start and for the last calibration; drawn now, because some sources can be read only once
@@ -62,7 +64,7 @@ class Trainer:
         thresholds = [p for n, p in self.sae.named_parameters() if n.startswith("gate.") and p.requires_grad]
         self.weights = [p for n, p in self.sae.named_parameters() if not n.startswith("gate.") and p.requires_grad]
         groups = [dict(params=self.weights, lr=self.base_lr)] + ([dict(params=thresholds, lr=recipe.lr_threshold)] if thresholds else [])
-        self.opt = torch.optim.Adam(groups, betas=tuple(float(b) for b in recipe.betas), eps=recipe.eps, fused=self.device.type in ("cpu", "cuda"))
+        self.opt = optimizer(self.sae, groups, recipe.betas, recipe.eps)
         self.loader = acts.loader(recipe.batch_size, seed=seed)
         self.resample_at = sorted(math.ceil(share * self.steps) for share in recipe.resample)
         # what the log reports, summed on the device since its last line
@@ -93,7 +95,7 @@ class Trainer:
         for group, lr in zip(self.opt.param_groups, (self.base_lr, r.lr_threshold)): group["lr"] = lr * f_lr
         u, y = self.halves(x.to(self.device, torch.float32) / sae.scale)
         self.objective.before_step_(sae, progress)
-        codes = codes_of(sae, u, "table" if self.objective.needs_table else "auto", y, self.silent_for)
+        codes = codes_of(sae, u, "table" if self.objective.needs_table else "auto", y, self.silent_for, self.screen)
         error = update_(sae, self.objective, self.opt, codes, progress, r.grad_clip)
         with torch.no_grad():
             for k, v in dict(error=error, variance=reconstruction_loss(y, self.mean), l0=codes.l0, steps=1).items(): self.sums[k] += v
