@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import inspect
 import sys
 from pathlib import Path
 
@@ -43,21 +42,16 @@ def ours(p:Problem) -> dict[str, Contestant]:
     "The public calls, and the list with and without screening."
     from jumprelu_nb.sae.gates import JumpReLUGate
     from jumprelu_nb.sae.model import SAE
-    from jumprelu_nb.sae.sparse import codes_of
+    from jumprelu_nb.sae.sparse import decode_sparse, encode_sparse
     s = p.shape
     sae = SAE(s.d_in, s.d_sae, JumpReLUGate(s.d_sae, threshold=p.theta))
     sae.W_enc.copy_(p.W_T); sae.W_dec.copy_(p.W)
     sae.requires_grad_(False).eval()
-    note = "" if screens() else "measured without screening, which this version of the library does not have"
-
-    def codes(x, screen): return codes_of(sae, x, "list", **({"screen": screen} if screens() else {}))
-    sparse = getattr(sae, "encode_sparse", None)
-    chooses = sparse is not None and "screen" in inspect.signature(sparse).parameters
-    def encode(screen): return (lambda x: sparse(x, screen=screen)) if chooses else (lambda x: codes(x, screen))
+    def encode(screen): return lambda x: encode_sparse(sae, x, screen)
     out = {"ours": Fn(sae, lambda x: nonzero(sae.encode(x))), "ours_encode": Fn(sae.encode, lambda x: nonzero(sae.encode(x)))}
-    for name, screen, n in (("list", "off", ""), ("screened", "on", note)):
-        out[f"ours_{name}"] = Fn(lambda x, screen=screen: codes(x, screen).u_hat, lambda x, screen=screen: codes(x, screen).l0.item(), n)
-        out[f"ours_{name}_encode"] = Fn(encode(screen), None, n)
+    for name, screen in (("list", "off"), ("screened", "on")):
+        out[f"ours_{name}"] = Fn(lambda x, screen=screen: decode_sparse(sae, encode_sparse(sae, x, screen)), lambda x, screen=screen: len(encode_sparse(sae, x, screen).values) / len(x))
+        out[f"ours_{name}_encode"] = Fn(encode(screen), None)
     return out
 
 

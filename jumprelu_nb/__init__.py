@@ -2,7 +2,7 @@
 __version__ = "0.1.0"
 
 _public = {  # public name -> the room that holds it
-    "SAE": "sae.model",
+    "SAE": "sae.model", "encode_sparse": "sae.sparse", "decode_sparse": "sae.sparse",
     "LanguageModel": "data.lm",
     "Activations": "data.activations",
     "RECIPES": "train.recipes", "Recipe": "train.recipes", "get_recipe": "train.recipes",

@@ -75,7 +75,9 @@ class RowAdam(torch.optim.Adam):
         if sae.dtype != torch.float32 or sae.device.type != "cpu": raise ValueError(f"RowAdam works on float32 on the CPU, not on {str(sae.dtype).removeprefix('torch.')} on {sae.device.type}: use torch.optim.Adam.")
         self.sae = sae
 
-    def zero_grad(self, set_to_none:bool=True) -> None:
+    def zero_grad(self,
+        set_to_none:bool=True, # as for torch's Adam
+    ) -> None:
         "Forget gradients, in both forms, and open the sink."
         super().zero_grad(set_to_none)
         self.sae.sink = {}
@@ -94,7 +96,9 @@ class RowAdam(torch.optim.Adam):
         self.sae.sink = {}
 
     @torch.no_grad()
-    def step(self, closure:Callable|None=None) -> None:
+    def step(self,
+        closure:Callable|None=None, # as for torch's Adam
+    ) -> None:
         "One step: the matrices that have lists row by row, everything else by torch."
         sink, self.sae.sink = self.sae.sink or {}, None
         for group in self.param_groups:

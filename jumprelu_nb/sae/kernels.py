@@ -27,20 +27,21 @@ _jit, _sum, _max = (triton.jit, tl.standard._sum_combine, tl.standard._elementwi
 def _parts(n, size): return (n + size - 1) // size
 
 
-_interpreted = type(_jit(_parts)).__name__ == "InterpretedFunction"   # as it was when the kernels were defined
+_interpreted = type(_jit(_parts)).__name__ == "InterpretedFunction"                                  # as it was when the kernels were defined
+_emulated = _interpreted and [*map(int, triton.__version__.split(".")[:2])] >= [3, 7]                # older interpreters stumble over NumPy 2.4
 
 
 def available() -> bool: # whether the kernels can be run in this process
     "Tell whether Triton is installed and has a GPU to compile for, or its interpreter is switched on."
-    return triton is not None and (_interpreted or torch.cuda.is_available())
+    return _emulated or triton is not None and not _interpreted and torch.cuda.is_available()
 
 
 def _check(**given):
     "Say in one sentence what is missing or does not fit: name = (tensor, wanted shape)."
     if triton is None: raise ImportError("These kernels are written in Triton, which is not installed: pip install 'jumprelu_nb[gpu]' (Linux), or train without them, which needs nothing more.")
     for name, (t, shape) in given.items():
-        if t.device.type == "cpu" and not _interpreted:
-            raise RuntimeError("Triton compiles for GPUs: move the tensors to one, or set TRITON_INTERPRET=1 before this module is imported, to run the kernels (slowly) in its interpreter.")
+        if t.device.type == "cpu" and not _emulated:
+            raise RuntimeError("Triton compiles for GPUs: move the tensors to one, or set TRITON_INTERPRET=1 before this module is imported, to run the kernels (slowly) in the interpreter of Triton 3.7 or newer.")
         if tuple(t.shape) != shape: raise ValueError(f"{name} has shape {tuple(t.shape)}, but should have {shape}.")
         if t.is_floating_point() and t.dtype not in (torch.float32, torch.bfloat16): raise TypeError(f"{name} is {t.dtype}: the kernels take float32 and bfloat16, convert it first.")
 

@@ -112,7 +112,7 @@ def _above(piece, lo, hi, z, low, room, at, value, ends, used):
         ends[r] = n - start
     used[piece] = n - start
 
-
+# %% ../../nbs/sae/02a_loops.ipynb #f08727d9
 @loop
 def _marked(piece, lo, hi, mask, value, room, at, ends, used):
     "Entries of rows lo … hi whose sign bit is not set; `value` is not used."

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import threading
-from functools import cached_property
+import warnings
+from functools import cache, cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from .model import SAE
 from .screen import screened, worthwhile
 
 # %% auto #0
-__all__ = ['positions', 'Layout', 'Codes', 'codes_of']
+__all__ = ['positions', 'Layout', 'Codes', 'codes_of', 'Active', 'encode_sparse', 'decode_sparse']
 
 # %% ../../nbs/sae/02b_sparse.ipynb #24c5e07e
 def positions(
@@ -100,8 +102,14 @@ class Layout:
         n = len(self.at)
         if n == 0: return x.new_zeros(0)
         if self.fast(x, W): return loops.products(self.at.numpy(), self.row_ends.numpy(), x, W)
+        _greet_csr()
         table = torch.sparse_csr_tensor(F.pad(self.row_ends, (1, 0)), self.at, x.new_zeros(n), (self.batch, self.d_sae), check_invariants=False)
         return torch.sparse.sampled_addmm(table, x, W.T, beta=0.).values()
+
+# %% ../../nbs/sae/02b_sparse.ipynb #0ec14f01
+@cache
+def _greet_csr(): # torch says once per process that its CSR tensors are in beta, which nobody who trains an SAE can do anything about
+    with warnings.catch_warnings(record=True): torch.sparse_csr_tensor(torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0), (1, 1))
 
 # %% ../../nbs/sae/02b_sparse.ipynb #12896763
 class _Encode(torch.autograd.Function):
@@ -233,9 +241,9 @@ def _room(rows, columns): # a table to write pre-activations into, kept for the 
     return _local.room[:rows * columns].view(rows, columns)
 
 
-def _listed(sae, u, bias, share, screen): # → (z, layout) of the entries that count, or None if there are too many
+def _listed(sae, u, bias, share, screen, low): # → (z, layout) of the entries that count, or None if there are too many
     B, M = len(u), sae.d_sae
-    low = sae.gate.low() if loops.compiled() and u.dtype == torch.float32 and u.device.type == "cpu" else None
+    if not (loops.compiled() and u.dtype == torch.float32 and u.device.type == "cpu"): low = None
     if low is not None and (screen == "on" or screen == "auto" and worthwhile(B, sae.d_in, M)) and (found := screened(u, sae.W_enc.T, bias, low, min(share, .06) if share < 1 else 1.)) is not None:
         at, value, ends = map(torch.from_numpy, found)
         return value, Layout(None, at, B, M, ends)
@@ -263,10 +271,51 @@ def codes_of(
     if screen not in ("auto", "on", "off"): raise ValueError(f"Unknown screen {screen!r}: choose 'auto', 'on' or 'off'.")
     if form == "list" or form == "auto" and u.device.type == "cpu" and u.dtype == torch.float32:
         bias = sae.b_enc - sae.b_dec @ sae.W_enc if sae.pre_encoder_bias else sae.b_enc
-        with torch.no_grad(): found = _listed(sae, u, bias, 1. if form == "list" else .08, screen)
+        with torch.no_grad(): found = _listed(sae, u, bias, 1. if form == "list" else .08, screen, sae.gate.low())
         if found is not None:
             z, layout = found
             z = _Encode.apply(u, sae.W_enc, bias, z, layout, sae if "W_enc" in sae._parameters else None)
             return Codes(sae, u, z, sae.gate.values(z, layout.at), layout, target, silent)
     z = sae.pre_acts(u)
     return Codes(sae, u, z, sae.gate(z), None, target, silent)
+
+# %% ../../nbs/sae/02b_sparse.ipynb #50835bd7
+class Active(NamedTuple):
+    "The active latents of some tokens."
+    tokens:Tensor # (n,) token of each entry, ascending
+    latents:Tensor # (n,) its latent, ascending within a token
+    values:Tensor # (n,) its activation, in the units of x
+    shape:tuple[int, int] # (tokens, d_sae)
+
+    def dense(self) -> Tensor: # (tokens, d_sae)
+        "Write the list out as a table."
+        return self.values.new_zeros(self.shape).index_put((self.tokens, self.latents), self.values)
+
+
+@torch.no_grad()
+def encode_sparse(
+    sae:SAE, # any form
+    x:Tensor, # (..., d_in) raw activations; all dimensions but the last are tokens
+    screen:str="auto", # as for `codes_of`
+) -> Active:
+    "Encode raw activations to a list: what `sae.encode` gives, without its zeros."
+    if x.shape[-1] != sae.d_in: raise ValueError(f"This SAE reads activations of width {sae.d_in}, got {x.shape[-1]}: is it the right site of the right model?")
+    C = sae.scale.to(sae.dtype)
+    u = x.reshape(-1, sae.d_in).to(sae.dtype) / C
+    limit = None if sae.gate.signed or sae.gate.batch_dependent and sae.gate.training else sae.gate.inference_threshold()
+    bias = sae.b_enc - sae.b_dec @ sae.W_enc if sae.pre_encoder_bias else sae.b_enc
+    if (found := _listed(sae, u, bias, 1., screen, None if limit is None else limit.to(u))) is None: raise ValueError(f"Unknown screen {screen!r}: choose 'auto', 'on' or 'off'.")
+    z, layout = found
+    f = sae.gate.values(z, layout.at)
+    tokens, at = layout.rows, layout.at
+    if not (keep := f != 0).all(): f, tokens, at = f[keep], tokens[keep], at[keep]
+    return Active(tokens, at, f * C, (len(u), sae.d_sae))
+
+
+@torch.no_grad()
+def decode_sparse(
+    sae:SAE, # any form; not a transcoder with a skip connection
+    active:Active, # what `encode_sparse` gave
+) -> Tensor: # (tokens, d_in) raw
+    "Reconstruct from a list."
+    return Layout(active.tokens, active.latents, *active.shape).decode(active.values, sae.W_dec) + sae.offset(None) * sae.scale.to(sae.dtype)
