@@ -125,11 +125,11 @@ def through(
     "Pass the pre-activations of a batch through another gate, gradients included."
     sae, u = codes.sae, codes.u
     if codes.layout is None: return Codes(sae, u, codes.z, gate(codes.z), None, codes.target, codes.silent)
-    bias = sae.b_enc - sae.b_dec @ sae.W_enc if sae.pre_encoder_bias else sae.b_enc
-    with torch.no_grad(): z = torch.addmm(bias, u, sae.W_enc)                     # the list has not kept what it does not need
+    centre = sae.b_dec if sae.pre_encoder_bias else None
+    with torch.no_grad(): z = torch.addmm(sae.b_enc, u if centre is None else u - centre, sae.W_enc)      # the list has not kept what it does not need
     layout = Layout(*positions(gate.select(z)), len(u), sae.d_sae)
     z = z.view(-1).index_select(0, layout.rows * sae.d_sae + layout.at)
-    z = _Encode.apply(u, sae.W_enc, bias, z, layout, sae if "W_enc" in sae._parameters else None)
+    z = _Encode.apply(u, sae.W_enc, sae.b_enc, centre, z, layout, sae if "W_enc" in sae._parameters else None)
     return Codes(sae, u, z, gate.values(z, layout.at), layout, codes.target, codes.silent)
 
 

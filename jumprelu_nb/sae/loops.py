@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['LOOPS', 'loop', 'compiled', 'made', 'run', 'cut', 'compact', 'turn', 'rows_of', 'decode', 'products', 'collect']
+__all__ = ['LOOPS', 'loop', 'compiled', 'made', 'run', 'cut', 'compact', 'topk', 'turn', 'rows_of', 'decode', 'products',
+           'collect']
 
 # %% ../../nbs/sae/02a_loops.ipynb #27077c1a
 LOOPS: dict[str, Callable] = {}                                # as written
@@ -161,6 +162,52 @@ def compact(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]|None: # (n,) latents, (n,) values, (batch,) where each token's entries end; None if there are too many
     "List the entries of a table that are not ≤ their latent's limit, token by token."
     return _listed("_above", z.detach().numpy(), low.detach().expand(z.shape[1]).contiguous().numpy(), share)
+
+# %% ../../nbs/sae/02a_loops.ipynb #0242932d
+@loop
+def _topk(lo, hi, z, k, at, value, counts):
+    "The k largest positive entries of rows lo … hi, in the order of their columns; among equals the first."
+    width = z.shape[1]
+    blocks = width // 16
+    tops, some, where = np.empty(blocks, np.float32), np.empty(width, np.float32), np.empty(width, np.int64)
+    for r in range(lo, hi):
+        row, bound = z[r], np.float32(0)
+        if blocks > 2 * k:
+            for b in range(blocks):
+                top = row[16 * b]
+                for c in range(16 * b + 1, 16 * b + 16): top = max(top, row[c])
+                tops[b] = top
+            bound = max(bound, np.partition(tops, blocks - k)[blocks - k])
+        n = 0
+        for c in range(width):
+            if not (row[c] < bound) and not (row[c] <= 0):
+                some[n] = row[c]; where[n] = c; n += 1
+        least, equal = np.float32(0), n
+        if n > k:
+            least = np.partition(some[:n], n - k)[n - k]
+            equal = k
+            for i in range(n): equal -= not (some[i] <= least)
+        m = 0
+        for i in range(n):
+            if n <= k or not (some[i] <= least) or (some[i] == least and equal > 0):
+                if n > k and some[i] == least: equal -= 1
+                if m < k:
+                    at[r, m] = where[i]; value[r, m] = some[i]; m += 1
+        counts[r] = m
+
+
+def topk(
+    z:Tensor, # (batch, d_sae) float32
+    k:int, # how many of each row
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # as `compact` gives it
+    "List the k largest positive entries of every row."
+    B = len(z)
+    at, value, counts = np.empty((B, k), np.int64), np.empty((B, k), np.float32), np.empty(B, np.int64)
+    run("_topk", cut(B), z.detach().numpy(), k, at, value, counts)
+    ends = counts.cumsum()
+    if ends[-1] == B * k: return at.ravel(), value.ravel(), ends
+    full = np.arange(k) < counts[:, None]
+    return at[full], value[full], ends
 
 # %% ../../nbs/sae/02a_loops.ipynb #3d158866
 @loop

@@ -5,11 +5,13 @@
 # %% ../../nbs/sae/02b_sparse.ipynb #e78f1e36
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from functools import cache, cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -113,21 +115,22 @@ def _greet_csr(): # torch says once per process that its CSR tensors are in beta
 
 # %% ../../nbs/sae/02b_sparse.ipynb #12896763
 class _Encode(torch.autograd.Function):
-    "Entries of u W_enc + bias, already computed, with the gradients of the product."
+    "Entries of (u − b_dec) W_enc + b_enc, already computed, with the gradients of the product. `b_dec` is None where nothing is subtracted."
 
     @staticmethod
-    def forward(ctx, u, W_enc, bias, z, layout, sae=None):
-        ctx.save_for_backward(u, W_enc); ctx.layout, ctx.sae = layout, sae
+    def forward(ctx, u, W_enc, b_enc, b_dec, z, layout, sae=None):
+        ctx.save_for_backward(u if b_dec is None else u - b_dec, W_enc); ctx.layout, ctx.sae = layout, sae
         return z.view_as(z)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        (u, W_enc), l = ctx.saved_tensors, ctx.layout
-        need_u, need_W, need_b = ctx.needs_input_grad[:3]
-        if need_W and ctx.sae is not None and ctx.sae.sink is not None: ctx.sae.sink.setdefault("W_enc", []).append((l, g, u)); need_W = False
-        return (l.decode(g, W_enc.T.contiguous()) if need_u else None, l.collect(g, u).T if need_W else None,
-                g.new_zeros(l.d_sae).index_add_(0, l.at, g) if need_b else None, None, None, None)
+        (x, W_enc), l = ctx.saved_tensors, ctx.layout
+        need_u, need_W, need_b, need_c = ctx.needs_input_grad[:4]
+        if need_W and ctx.sae is not None and ctx.sae.sink is not None: ctx.sae.sink.setdefault("W_enc", []).append((l, g, x)); need_W = False
+        g_b = g.new_zeros(l.d_sae).index_add_(0, l.at, g) if need_b or need_c else None
+        return (l.decode(g, W_enc.T.contiguous()) if need_u else None, l.collect(g, x).T if need_W else None, g_b if need_b else None,
+                -(W_enc @ g_b) if need_c else None, None, None, None)                   # every token pulls b_dec back through the same product
 
 # %% ../../nbs/sae/02b_sparse.ipynb #6f24c3dd
 class _Decode(torch.autograd.Function):
@@ -240,9 +243,30 @@ def _room(rows, columns): # a table to write pre-activations into, kept for the 
     if getattr(_local, "room", None) is None or _local.room.numel() < rows * columns: _local.room = torch.empty(rows * columns)
     return _local.room[:rows * columns].view(rows, columns)
 
+# %% ../../nbs/sae/02b_sparse.ipynb #336a72ce
+def _batch_topk(gate, z): # the list of a BatchTopK gate in training, guessed from the cut of the last batch; None if the guess was too high
+    n, guess = gate.budget(z), .8 * gate._last
+    if not 0 < guess < math.inf or (found := loops.compact(z, torch.full((1,), guess), .08)) is None or len(found[0]) < max(1, n): return None
+    at, value, ends = found
+    low = np.partition(value, len(value) - n)[len(value) - n]
+    keep = value >= low
+    if (surplus := int(keep.sum()) - n) > 0: keep[np.flatnonzero(value == low)[-surplus:]] = False
+    if not math.isfinite(low): return None
+    gate._last = float(low)
+    gate._remember(torch.tensor(low), z.shape, ahead=True)
+    return at[keep], value[keep], np.concatenate([[0], np.cumsum(keep)])[ends]
 
-def _listed(sae, u, bias, share, screen, low): # → (z, layout) of the entries that count, or None if there are too many
+
+def _tables_list(sae, z): # the list of a gate that has to see the whole table, where a loop knows how
+    gate = sae.gate
+    if gate.name == "topk": return loops.topk(z, gate.k)
+    if gate.name == "batch_topk" and gate.training: return _batch_topk(gate, z)
+
+# %% ../../nbs/sae/02b_sparse.ipynb #4e7a43ad
+def _listed(sae, u, share, screen, low): # → (z, layout) of the entries that count, or None if there are too many
     B, M = len(u), sae.d_sae
+    if sae.pre_encoder_bias: u = u - sae.b_dec
+    bias = sae.b_enc
     if not (loops.compiled() and u.dtype == torch.float32 and u.device.type == "cpu"): low = None
     if low is not None and (screen == "on" or screen == "auto" and worthwhile(B, sae.d_in, M)) and (found := screened(u, sae.W_enc.T, bias, low, min(share, .06) if share < 1 else 1.)) is not None:
         at, value, ends = map(torch.from_numpy, found)
@@ -252,12 +276,15 @@ def _listed(sae, u, bias, share, screen, low): # → (z, layout) of the entries 
         if (found := loops.compact(z, low, share)) is None: return None
         at, value, ends = map(torch.from_numpy, found)
         return value, Layout(None, at, B, M, ends)
+    if loops.compiled() and z.dtype == torch.float32 and z.device.type == "cpu" and (found := _tables_list(sae, z)) is not None and len(found[0]) < max(share, .5) * z.numel():
+        at, value, ends = map(torch.from_numpy, found)
+        return value, Layout(None, at, B, M, ends)
     mask = sae.gate.select(z)
     if share < 1 and int(mask.view(-1).view(torch.uint8).sum(dtype=torch.int64)) >= share * mask.numel(): return None
     layout = Layout(*positions(mask), B, M)
     return z.view(-1).index_select(0, layout.rows * M + layout.at), layout
 
-
+# %% ../../nbs/sae/02b_sparse.ipynb #3352982e
 def codes_of(
     sae:SAE, # in training form
     u:Tensor, # (batch, d_in) scaled activations
@@ -270,11 +297,10 @@ def codes_of(
     if form not in ("auto", "table", "list"): raise ValueError(f"Unknown form {form!r}: choose 'auto', 'table' or 'list'.")
     if screen not in ("auto", "on", "off"): raise ValueError(f"Unknown screen {screen!r}: choose 'auto', 'on' or 'off'.")
     if form == "list" or form == "auto" and u.device.type == "cpu" and u.dtype == torch.float32:
-        bias = sae.b_enc - sae.b_dec @ sae.W_enc if sae.pre_encoder_bias else sae.b_enc
-        with torch.no_grad(): found = _listed(sae, u, bias, 1. if form == "list" else .08, screen, sae.gate.low())
+        with torch.no_grad(): found = _listed(sae, u, 1. if form == "list" else .08, screen, sae.gate.low())
         if found is not None:
             z, layout = found
-            z = _Encode.apply(u, sae.W_enc, bias, z, layout, sae if "W_enc" in sae._parameters else None)
+            z = _Encode.apply(u, sae.W_enc, sae.b_enc, sae.b_dec if sae.pre_encoder_bias else None, z, layout, sae if "W_enc" in sae._parameters else None)
             return Codes(sae, u, z, sae.gate.values(z, layout.at), layout, target, silent)
     z = sae.pre_acts(u)
     return Codes(sae, u, z, sae.gate(z), None, target, silent)
@@ -303,8 +329,7 @@ def encode_sparse(
     C = sae.scale.to(sae.dtype)
     u = x.reshape(-1, sae.d_in).to(sae.dtype) / C
     limit = None if sae.gate.signed or sae.gate.batch_dependent and sae.gate.training else sae.gate.inference_threshold()
-    bias = sae.b_enc - sae.b_dec @ sae.W_enc if sae.pre_encoder_bias else sae.b_enc
-    if (found := _listed(sae, u, bias, 1., screen, None if limit is None else limit.to(u))) is None: raise ValueError(f"Unknown screen {screen!r}: choose 'auto', 'on' or 'off'.")
+    if (found := _listed(sae, u, 1., screen, None if limit is None else limit.to(u))) is None: raise ValueError(f"Unknown screen {screen!r}: choose 'auto', 'on' or 'off'.")
     z, layout = found
     f = sae.gate.values(z, layout.at)
     tokens, at = layout.rows, layout.at
