@@ -57,7 +57,9 @@ def test_topk_is_torchs(B, M, k, threads, seed):
     at, value, ends = loops.topk(z, k)
     best, r = z.topk(k).values, rows(ends)
     assert torch.equal(torch.bincount(r, minlength=B), (best > 0).sum(1)) and torch.equal(z[r, torch.from_numpy(at)], torch.from_numpy(value))
-    for b in range(B): assert sorted(value[r == b].tolist(), reverse=True) == best[b][best[b] > 0].tolist() and at[r.numpy() == b].tolist() == sorted(set(at[r.numpy() == b].tolist()))
+    for b in range(B):
+        here = r.numpy() == b
+        assert sorted(value[here].tolist(), reverse=True) == best[b][best[b] > 0].tolist() and at[here].tolist() == sorted(set(at[here].tolist()))
 
 
 @settings(max_examples=40, deadline=None)

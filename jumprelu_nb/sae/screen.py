@@ -28,17 +28,17 @@ def _pack(lo, hi, W, bits, out, norms):
     "Rows lo … hi in bfloat16, and (‖w‖, ‖w − w̃‖, ‖w̃‖) of each."
     d, one, half, sixteen = W.shape[1], np.uint32(1), np.uint32(0x7FFF), np.uint32(16)
     for j in range(lo, hi):
-        row, source, target, a, b, c = W[j], bits[j], out[j], np.float32(0), np.float32(0), np.float32(0)
+        row, source, target, a, b, c = W[j], bits[j], out[j], 0., 0., 0.                # squares of small numbers need the range of float64
         for k in range(d):
             u = source[k]
             top = (u + half + ((u >> sixteen) & one)) >> sixteen                       # to nearest, ties to even
             target[k] = np.uint16(top)
-            w, r = row[k], np.uint32(top << sixteen).view(np.float32)
+            w, r = np.float64(row[k]), np.float64(np.uint32(top << sixteen).view(np.float32))
             a += w * w; b += (w - r) * (w - r); c += r * r
         norms[j, 0] = np.sqrt(a); norms[j, 1] = np.sqrt(b); norms[j, 2] = np.sqrt(c)
 
 
-def _up(x): return (x * (1 + 2.**-7)).bfloat16()                                            # rounded upwards
+def _up(x): return (x * (1 + 2.**-7) + 1e-37).bfloat16()                                    # rounded upwards, and never so small that hardware would take it for 0
 
 
 def packed(
