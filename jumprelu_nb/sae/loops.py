@@ -88,28 +88,30 @@ def cut(
 
 # %% ../../nbs/sae/02a_loops.ipynb #379dd4c6
 @loop
-def _above(piece, lo, hi, z, low, room, at, value, ends, used):
-    "Entries of rows lo … hi that are not ≤ low."
+def _above(piece, lo, hi, z, bias, low, room, at, value, ends, used):
+    "Entries of rows lo … hi with z + bias not ≤ low."
     n, stop, width = piece * room, (piece + 1) * room, z.shape[1]
     start, full = n, width // 16 * 16
     for r in range(lo, hi):
         row = z[r]
         for c in range(0, full, 16):
             some = 0
-            for k in range(16): some |= not (row[c + k] <= low[c + k])
+            for k in range(16): some |= not (row[c + k] + bias[c + k] <= low[c + k])
             if some:
                 if n + 16 > stop:
                     used[piece] = -1
                     return
                 for k in range(16):
-                    if not (row[c + k] <= low[c + k]):
-                        at[n] = c + k; value[n] = row[c + k]; n += 1
+                    v = row[c + k] + bias[c + k]
+                    if not (v <= low[c + k]):
+                        at[n] = c + k; value[n] = v; n += 1
         if n + 16 > stop:
             used[piece] = -1
             return
         for c in range(full, width):
-            if not (row[c] <= low[c]):
-                at[n] = c; value[n] = row[c]; n += 1
+            v = row[c] + bias[c]
+            if not (v <= low[c]):
+                at[n] = c; value[n] = v; n += 1
         ends[r] = n - start
     used[piece] = n - start
 
@@ -141,14 +143,14 @@ def _marked(piece, lo, hi, mask, value, room, at, ends, used):
     used[piece] = n - start
 
 # %% ../../nbs/sae/02a_loops.ipynb #ba63f80a
-def _listed(name, z, low, share): # → (at, value or None, ends) of one of the two loops above, or None
+def _listed(name, z, share, *limits): # → (at, value or None, ends) of one of the two loops above, or None
     B, M = z.shape
     cuts = cut(B)
     pieces = len(cuts) - 1
     room = int(share * B * M) // pieces + 32 * (1 + B // pieces)
     at, ends, used = np.empty(pieces * room, np.int64), np.zeros(B, np.int64), np.zeros(pieces, np.int64)
     value = np.empty(pieces * room if name == "_above" else 0, np.float32)
-    run(name, cuts, z, *((low, room, at, value) if name == "_above" else (value, room, at)), ends, used, numbered=True)
+    run(name, cuts, z, *((*limits, room, at, value) if name == "_above" else (value, room, at)), ends, used, numbered=True)
     if (used < 0).any() or share < 1 and used.sum() >= share * B * M: return None
     for i in range(1, pieces): ends[cuts[i]:cuts[i + 1]] += used[:i].sum()
     def whole(x): return x[:used[0]].copy() if pieces == 1 else np.concatenate([x[i * room:i * room + used[i]] for i in range(pieces)])
@@ -159,9 +161,11 @@ def compact(
     z:Tensor, # (batch, d_sae) float32
     low:Tensor, # (d_sae,) limits
     share:float=.08, # give up if more of the table than this is above
+    bias:Tensor|None=None, # (d_sae,) to be added to every row; default: none
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]|None: # (n,) latents, (n,) values, (batch,) where each token's entries end; None if there are too many
-    "List the entries of a table that are not ≤ their latent's limit, token by token."
-    return _listed("_above", z.detach().numpy(), low.detach().expand(z.shape[1]).contiguous().numpy(), share)
+    "List the entries of z + bias that are not ≤ their latent's limit, token by token."
+    M = z.shape[1]
+    return _listed("_above", z.detach().numpy(), share, np.zeros(M, np.float32) if bias is None else bias.detach().contiguous().numpy(), low.detach().expand(M).contiguous().numpy())
 
 # %% ../../nbs/sae/02a_loops.ipynb #0242932d
 @loop

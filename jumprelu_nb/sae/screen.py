@@ -107,7 +107,7 @@ def screened(
     high = t.bfloat16()
     xa[:, d], xa[:, d + 1], xa[:, d + 2:d + 4] = _up(nx[:, 1] + 3 * gamma * nx[:, 2]), _up(nx[:, 2]), 1
     wa[:, d], wa[:, d + 1], wa[:, d + 2], wa[:, d + 3] = _up(nw[:, 0]), _up(nw[:, 1]), -high, -(t - high.float()).bfloat16()
-    found = loops._listed("_marked", torch.mm(xa, wa.T).view(torch.int16).numpy(), None, share)
+    found = loops._listed("_marked", torch.mm(xa, wa.T).view(torch.int16).numpy(), share)
     return None if found is None else rescore(found, x, W, bias, low)
 
 # %% ../../nbs/sae/02a_screen.ipynb #f7be088e

@@ -271,11 +271,11 @@ def _listed(sae, u, share, screen, low): # → (z, layout) of the entries that c
     if low is not None and (screen == "on" or screen == "auto" and worthwhile(B, sae.d_in, M)) and (found := screened(u, sae.W_enc.T, bias, low, min(share, .06) if share < 1 else 1.)) is not None:
         at, value, ends = map(torch.from_numpy, found)
         return value, Layout(None, at, B, M, ends)
-    z = torch.addmm(bias, u, sae.W_enc, out=_room(B, M)) if u.dtype == torch.float32 and u.device.type == "cpu" else torch.addmm(bias, u, sae.W_enc)
     if low is not None:
-        if (found := loops.compact(z, low, share)) is None: return None
+        if (found := loops.compact(torch.mm(u, sae.W_enc, out=_room(B, M)), low, share, bias)) is None: return None
         at, value, ends = map(torch.from_numpy, found)
         return value, Layout(None, at, B, M, ends)
+    z = torch.addmm(bias, u, sae.W_enc, out=_room(B, M)) if u.dtype == torch.float32 and u.device.type == "cpu" else torch.addmm(bias, u, sae.W_enc)
     if loops.compiled() and z.dtype == torch.float32 and z.device.type == "cpu" and (found := _tables_list(sae, z)) is not None and len(found[0]) < max(share, .5) * z.numel():
         at, value, ends = map(torch.from_numpy, found)
         return value, Layout(None, at, B, M, ends)
