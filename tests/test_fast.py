@@ -129,6 +129,21 @@ def test_one_optimizer_goes_on_from_the_others_state(betas, first, second):
     for k, p in dict(a.named_parameters()).items(): torch.testing.assert_close(dict(c.named_parameters())[k], p, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("betas", [(.9, .99), (0., .9)])
+def test_tables_and_lists_may_alternate(betas):
+    "skipped rows are decayed once, whoever takes the next step"
+    (a, opt_a), (b, opt_b) = made(False, betas), made(True, betas)
+    for sae, opt in ((a, opt_a), (b, opt_b)):
+        g = torch.Generator().manual_seed(3)
+        for t in range(24):
+            u = .3*torch.randn(2, sae.d_in, generator=g)                                 # few tokens: most rows are skipped
+            opt.zero_grad()
+            c = codes_of(sae, u, "table" if t % 6 in (3, 4) else "list")
+            (c.target - c.u_hat).square().sum(-1).mean().backward()
+            sae.project_grad_(); opt.step(); sae.project_()
+    for k, p in dict(a.named_parameters()).items(): torch.testing.assert_close(dict(b.named_parameters())[k], p, atol=1e-5, rtol=1e-4)
+
+
 def test_other_optimizers_get_ordinary_gradients():
     sae, opt = made(True)
     few_steps(sae, opt, 2, 0)

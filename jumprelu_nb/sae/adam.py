@@ -108,8 +108,18 @@ class RowAdam(torch.optim.Adam):
                     first, *rest = sink[name]
                     self._write(name, rest)                                             # several lists for one matrix are rare
                     self._rows(p, name, group, *first)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and "last" in self.state[p]: self._catch_up(p, group["betas"][1])
         if any(p.grad is not None for group in self.param_groups for p in group["params"]): super().step(closure)
         if self.sae.W_dec.grad is not None: self._normalise()
+
+    def _catch_up(self, p:nn.Parameter, b2:float) -> None:
+        "Decay the second moments of rows that were skipped, before torch takes a step on all of them."
+        s = self.state[p]
+        v = s["exp_avg_sq"] if p is self.sae.W_dec else s["exp_avg_sq"].T
+        v.mul_(torch.pow(b2, (s["step"] - s["last"]).double())[:, None].to(v.dtype))
+        s["last"].fill_(float(s["step"]) + 1)
 
     def _normalise(self) -> None:
         "Lengths of decoder rows after a step of torch's."
