@@ -41,8 +41,16 @@ def test_loops_are_matrix_products(B, M, d, limit, threads, seed):
     r, c = (z > low).nonzero().T
     assert at.tolist() == c.tolist() and rows(ends).tolist() == r.tolist() and torch.equal(torch.from_numpy(value), z[r, c])
     table, v = torch.where(z > low, z, 0), torch.from_numpy(value)
+    striped = loops.product(x, W, low, 1.)
+    full = x @ W.T
+    r2, c2 = (full > low).nonzero().T
+    if (full - low).abs().min() > 1e-5: assert striped[0].tolist() == c2.tolist() and rows(striped[2]).tolist() == r2.tolist()
+    some = np.where(np.arange(len(at)) % 3 == 0, 0, value).astype(np.float32)               # entries without a value are left out
+    torch.testing.assert_close(loops.decode(at, torch.from_numpy(some), ends, W), torch.zeros(B, M).index_put((r, c), torch.from_numpy(some)) @ W, atol=1e-4, rtol=1e-4)
+    order, tokens, starts = loops.turn(at, ends, M, some)
+    assert sorted(order.tolist()) == np.flatnonzero(some).tolist() and starts[-1] == np.count_nonzero(some) and tokens.tolist() == r[torch.from_numpy(order)].tolist()
     torch.testing.assert_close(loops.decode(at, v, ends, W), table @ W, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(loops.products(at, ends, x, W), (x @ W.T)[r, c], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(loops.products(loops.turn(at, ends, M), x, W), (x @ W.T)[r, c], atol=1e-4, rtol=1e-4)
     turned = loops.turn(at, ends, M)
     torch.testing.assert_close(loops.collect(turned, v, x), table.T @ x, atol=1e-4, rtol=1e-4)
     assert at[turned[0]].tolist() == sorted(at.tolist()) and turned[2][-1] == len(at)
@@ -68,8 +76,10 @@ def test_screening_loses_nothing(B, M, d, size, mean, rank, threads, seed):
     torch.set_num_threads(threads)
     g = torch.Generator().manual_seed(seed)
     x, W, bias = size*(torch.randn(B, d, generator=g) + mean), torch.randn(M, d, generator=g), size*torch.randn(M, generator=g)
-    at, ends = np.tile(np.arange(M), B), (1 + np.arange(B))*M
-    z = torch.from_numpy(screen.rescore((at, None, ends), x, W, bias, torch.full((M,), -torch.inf))[1]).view(B, M)
+    s = loops.Stripes(B, M, 1.)
+    s.firsts, s.stops = [0], s.stops[:1]
+    assert s.look("_marked", 0, np.zeros((B, M), np.int16), values=False) and s.look("_rescore", 0, x.numpy(), W.numpy(), bias.numpy(), np.full(M, -np.inf, np.float32))
+    z = torch.from_numpy(s.listed()[1]).view(B, M)
     low = z.topk(min(rank + 1, B), dim=0).values[-1]                                     # limits that are values
     if rank % 2: low = torch.nextafter(low, torch.tensor(-torch.inf))
     found = screen.screened(x, W, bias, low, 1.)

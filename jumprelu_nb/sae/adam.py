@@ -21,12 +21,14 @@ __all__ = ['RowAdam', 'optimizer']
 
 # %% ../../nbs/sae/02c_adam.ipynb #b2b53ba1
 @loop
-def _adam(piece, lo, hi, order, tokens, starts, factor, x, dense, W, m, v, last, now, unit, lazy, rate, root, b1, a1, b2, a2, eps, scratch):
+def _adam(piece, lo, hi, order, tokens, starts, factor, x, dense, W, m, v, last, now, unit, lazy, rate, root, b1, a1, b2, a2, eps, pull, pulled, scratch):
     "Rows lo … hi of one step of Adam, the gradient of row j being dense[j] + Σ factor·x over its entries."
     d, g, has = W.shape[1], scratch[piece], len(dense) > 0
     for j in range(lo, hi):
         i, stop, w = starts[j], starts[j + 1], W[j]
         if lazy and i == stop and not has: continue
+        if len(pull) and pull[j] != 0:
+            for k in range(d): pulled[piece, k] += pull[j] * w[k]
         for k in range(d): g[k] = 0
         while i + 4 <= stop:
             p, q, r, s = x[tokens[i]], x[tokens[i + 1]], x[tokens[i + 2]], x[tokens[i + 3]]
@@ -92,8 +94,15 @@ class RowAdam(torch.optim.Adam):
 
     def write_out(self) -> None:
         "Turn what is in the sink into ordinary gradients."
-        for name, parts in (self.sae.sink or {}).items(): self._write(name, parts)
+        sink = self.sae.sink or {}
+        self._pull(self.sae.W_enc.detach() @ sum(sink["b_dec"])) if "b_dec" in sink else None
+        for name in sink.keys() - {"b_dec"}: self._write(name, sink[name])
         self.sae.sink = {}
+
+    def _pull(self, by:Tensor) -> None:
+        "What all tokens ask of b_dec through the encoder."
+        b = self.sae.b_dec
+        b.grad = -by if b.grad is None else b.grad - by
 
     @torch.no_grad()
     def step(self,
@@ -101,13 +110,14 @@ class RowAdam(torch.optim.Adam):
     ) -> None:
         "One step: the matrices that have lists row by row, everything else by torch."
         sink, self.sae.sink = self.sae.sink or {}, None
+        pull = sink.pop("b_dec", [])
         for group in self.param_groups:
             for p in group["params"]:
                 for name in sink:
                     if p is not getattr(self.sae, name): continue
                     first, *rest = sink[name]
                     self._write(name, rest)                                             # several lists for one matrix are rare
-                    self._rows(p, name, group, *first)
+                    self._rows(p, name, group, *first, sum(pull) if name == "W_enc" and pull else None)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None and "last" in self.state[p]: self._catch_up(p, group["betas"][1])
@@ -125,8 +135,8 @@ class RowAdam(torch.optim.Adam):
         "Lengths of decoder rows after a step of torch's."
         if self.sae.decoder_norm == "unit": self.sae.W_dec.div_(self.sae.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12))
 
-    def _rows(self, p:nn.Parameter, name:str, group:dict, layout:Any, factor:Tensor, x:Tensor) -> None:
-        "A step on one matrix."
+    def _rows(self, p:nn.Parameter, name:str, group:dict, layout:Any, factor:Tensor, x:Tensor, pull:Tensor|None) -> None:
+        "A step on one matrix; of the encoder, Σ pull·row on the way, for b_dec."
         W, state, (b1, b2) = (p.T if name == "W_enc" else p), self.state[p], group["betas"]
         if not W.is_contiguous(): raise ValueError(f"{name} does not have one row of memory per latent: make the SAE by SAE(…) and fill it with copy_.")
         if not state: state |= dict(step=torch.tensor(0.), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
@@ -136,13 +146,14 @@ class RowAdam(torch.optim.Adam):
         t = int(state["step"])
         m, v = (s.T if name == "W_enc" else s for s in (state["exp_avg"], state["exp_avg_sq"]))
         dense = np.empty((0, 0), np.float32) if p.grad is None else loops.rows_of(p.grad.T if name == "W_enc" else p.grad)
-        order, tokens, starts = layout.turned
+        order, tokens, starts = layout.turned_for(factor)
         cuts = loops.cut(len(W), starts[1:] + (np.arange(len(W)) * 4 if not lazy else 0))             # a row costs about as much as four of its entries
-        f = np.float32
+        f, pulled = np.float32, np.zeros((len(cuts) - 1, W.shape[1]), np.float32)
         loops.run("_adam", cuts, order, tokens, starts, factor.detach().contiguous().numpy(), loops.rows_of(x), dense, W.detach().numpy(), m.numpy(), v.numpy(), state["last"].numpy() if lazy else np.empty(0, f), t,
                   name == "W_dec" and self.sae.decoder_norm == "unit", lazy, f(group["lr"] / (1 - b1**t)), f(1 / math.sqrt(1 - b2**t)), f(b1), f(1 - b1), f(b2), f(1 - b2), f(group["eps"]),
-                  np.empty((len(cuts) - 1, W.shape[1]), f), numbered=True)
+                  np.empty(0, f) if pull is None else pull.numpy(), pulled, np.empty_like(pulled), numbered=True)
         p.grad = None
+        if pull is not None: self._pull(torch.from_numpy(pulled.sum(0)))
 
 # %% ../../nbs/sae/02c_adam.ipynb #fd54540b
 def optimizer(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['LOOPS', 'loop', 'compiled', 'made', 'run', 'cut', 'compact', 'topk', 'turn', 'rows_of', 'decode', 'products',
-           'collect']
+__all__ = ['LOOPS', 'loop', 'compiled', 'made', 'run', 'cut', 'Stripes', 'room_for', 'product', 'compact', 'topk', 'turn',
+           'rows_of', 'decode', 'products', 'collect']
 
 # %% ../../nbs/sae/02a_loops.ipynb #27077c1a
 LOOPS: dict[str, Callable] = {}                                # as written
@@ -88,73 +89,124 @@ def cut(
 
 # %% ../../nbs/sae/02a_loops.ipynb #379dd4c6
 @loop
-def _above(piece, lo, hi, z, bias, low, room, at, value, ends, used):
-    "Entries of rows lo … hi with z + bias not ≤ low."
-    n, stop, width = piece * room, (piece + 1) * room, z.shape[1]
-    start, full = n, width // 16 * 16
+def _above(piece, lo, hi, z, bias, low, stripe, first, room, at, value, stops, used):
+    "Entries of rows lo … hi of a stripe of the table, whose columns count from `first`, with z + bias not ≤ low."
+    n, stop, width = piece * room + used[piece], (piece + 1) * room, z.shape[1]
+    flags = np.zeros((width + 7) // 8 * 8, np.uint8)
+    words = flags.view(np.uint64)
     for r in range(lo, hi):
         row = z[r]
-        for c in range(0, full, 16):
-            some = 0
-            for k in range(16): some |= not (row[c + k] + bias[c + k] <= low[c + k])
-            if some:
-                if n + 16 > stop:
+        for c in range(width): flags[c] = 0 if row[c] + bias[c] <= low[c] else 1
+        for w in range(len(words)):
+            if words[w]:
+                if n + 8 > stop:
                     used[piece] = -1
                     return
-                for k in range(16):
-                    v = row[c + k] + bias[c + k]
-                    if not (v <= low[c + k]):
-                        at[n] = c + k; value[n] = v; n += 1
-        if n + 16 > stop:
-            used[piece] = -1
-            return
-        for c in range(full, width):
-            v = row[c] + bias[c]
-            if not (v <= low[c]):
-                at[n] = c; value[n] = v; n += 1
-        ends[r] = n - start
-    used[piece] = n - start
+                for c in range(8 * w, 8 * w + 8):
+                    if flags[c]:
+                        at[n] = first + c; value[n] = row[c] + bias[c]; n += 1
+        stops[stripe, r] = n
+    used[piece] = n - piece * room
 
 # %% ../../nbs/sae/02a_loops.ipynb #f08727d9
 @loop
-def _marked(piece, lo, hi, mask, value, room, at, ends, used):
-    "Entries of rows lo … hi whose sign bit is not set; `value` is not used."
-    n, stop, width = piece * room, (piece + 1) * room, mask.shape[1]
-    start, full = n, width // 32 * 32
+def _marked(piece, lo, hi, mask, stripe, first, room, at, stops, used):
+    "Entries of rows lo … hi of a stripe whose sign bit is not set."
+    n, stop, width = piece * room + used[piece], (piece + 1) * room, mask.shape[1]
+    flags = np.zeros((width + 7) // 8 * 8, np.uint8)
+    words = flags.view(np.uint64)
     for r in range(lo, hi):
         row = mask[r]
-        for c in range(0, full, 32):
-            some = 0
-            for k in range(32): some |= row[c + k] >= 0
-            if some:
-                if n + 32 > stop:
+        for c in range(width): flags[c] = row[c] >= 0
+        for w in range(len(words)):
+            if words[w]:
+                if n + 8 > stop:
                     used[piece] = -1
                     return
-                for k in range(32):
-                    if row[c + k] >= 0:
-                        at[n] = c + k; n += 1
-        if n + 32 > stop:
-            used[piece] = -1
-            return
-        for c in range(full, width):
-            if row[c] >= 0:
-                at[n] = c; n += 1
-        ends[r] = n - start
-    used[piece] = n - start
+                for c in range(8 * w, 8 * w + 8):
+                    if flags[c]:
+                        at[n] = first + c; n += 1
+        stops[stripe, r] = n
+    used[piece] = n - piece * room
 
 # %% ../../nbs/sae/02a_loops.ipynb #ba63f80a
-def _listed(name, z, share, *limits): # → (at, value or None, ends) of one of the two loops above, or None
-    B, M = z.shape
-    cuts = cut(B)
-    pieces = len(cuts) - 1
-    room = int(share * B * M) // pieces + 32 * (1 + B // pieces)
-    at, ends, used = np.empty(pieces * room, np.int64), np.zeros(B, np.int64), np.zeros(pieces, np.int64)
-    value = np.empty(pieces * room if name == "_above" else 0, np.float32)
-    run(name, cuts, z, *((*limits, room, at, value) if name == "_above" else (value, room, at)), ends, used, numbered=True)
-    if (used < 0).any() or share < 1 and used.sum() >= share * B * M: return None
-    for i in range(1, pieces): ends[cuts[i]:cuts[i + 1]] += used[:i].sum()
-    def whole(x): return x[:used[0]].copy() if pieces == 1 else np.concatenate([x[i * room:i * room + used[i]] for i in range(pieces)])
-    return whole(at), whole(value) if len(value) else None, ends
+@loop
+def _merge(lo, hi, cuts, room, at, value, stops, ends, out, values):
+    "One list, token by token, out of those of the stripes; for the pieces lo … hi."
+    for piece in range(lo, hi):
+        for r in range(cuts[piece], cuts[piece + 1]):
+            n, before = ends[r - 1] if r else 0, piece * room
+            for c in range(len(stops)):
+                i = stops[c, r - 1] if r > cuts[piece] else before
+                while i < stops[c, r]:
+                    out[n] = at[i]; values[n] = value[i]; n += 1; i += 1
+                before = stops[c, cuts[piece + 1] - 1]
+
+
+class Stripes:
+    "A list in the making, of a table that is made stripe by stripe."
+    def __init__(self,
+        batch:int, # tokens
+        d_sae:int, # latents
+        share:float, # of the table that there is room for
+        bits:int=32, # of an entry
+    ):
+        self.batch, self.d_sae, self.share, self.cuts = batch, d_sae, share, cut(batch)
+        pieces = len(self.cuts) - 1
+        self.width = min(d_sae, max(256 * pieces, 2**25 // (bits * max(1, batch)) // 64 * 64))            # a stripe takes four megabytes, and is not narrower than a product likes
+        self.firsts = range(0, d_sae, self.width)
+        self.room = int(min(1, share) * d_sae * -(-batch // pieces)) + 16                                    # words are looked at whole
+        self.at, self.value = np.empty(pieces * self.room, np.int64), np.empty(pieces * self.room, np.float32)
+        self.stops, self.used = np.zeros((len(self.firsts), batch), np.int64), np.zeros(pieces, np.int64)
+
+    def look(self,
+        name:str, # of the loop
+        stripe:int, # which
+        *args:np.ndarray, # what it looks at
+        values:bool=True, # whether it writes values
+    ) -> bool: # False if there is no room for all that was found
+        "Run one of the loops above on a stripe."
+        run(name, self.cuts, *args, stripe, self.firsts[stripe], self.room, *((self.at, self.value) if values else (self.at,)), self.stops, self.used, numbered=True)
+        return not (self.used < 0).any()
+
+    def listed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]|None: # (n,) latents, (n,) values, (batch,) where each token's entries end; None if there are too many
+        "Put the list together."
+        if (self.used < 0).any() or self.share < 1 and self.used.sum() >= self.share * self.batch * self.d_sae: return None
+        begins = np.zeros_like(self.stops)
+        begins[:, 1:] = self.stops[:, :-1]
+        for p, (lo, hi) in enumerate(zip(self.cuts[:-1], self.cuts[1:])): begins[0, lo], begins[1:, lo] = p * self.room, self.stops[:-1, hi - 1]
+        ends = (self.stops - begins).sum(0).cumsum()
+        at, value = np.empty(ends[-1], np.int64), np.empty(ends[-1], np.float32)
+        run("_merge", np.arange(len(self.cuts)), self.cuts, self.room, self.at, self.value, self.stops, ends, at, value)
+        return at, value, ends
+
+# %% ../../nbs/sae/02a_loops.ipynb #e2c4c2d4
+_local = threading.local()
+
+
+def room_for(
+    rows:int, # tokens
+    columns:int, # latents
+) -> Tensor: # (rows, columns) float32, to be written to
+    "Memory that is kept for the next batch: fresh memory costs more than a pass over it."
+    if getattr(_local, "room", None) is None or _local.room.numel() < rows * columns: _local.room = torch.empty(rows * columns)
+    return _local.room[:rows * columns].view(rows, columns)
+
+
+def product(
+    x:Tensor, # (batch, d) float32
+    W:Tensor, # (d_sae, d) a latent's weights in a row
+    low:Tensor, # (d_sae,) limits
+    share:float=.08, # give up if more of the table than this is above
+    bias:Tensor|None=None, # (d_sae,) to be added to every row; default: none
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]|None: # as `compact` gives it
+    "List the entries of x Wᵀ + bias that are not ≤ their latent's limit, without ever having the table."
+    s, W, low, bias = Stripes(len(x), len(W), share), W.detach(), *_limits(len(W), low, bias)
+    for i, first in enumerate(s.firsts):
+        part = W[first:first + s.width]
+        z = torch.mm(x, part.T, out=room_for(len(x), len(part)))
+        if not s.look("_above", i, z.numpy(), bias[first:first + s.width], low[first:first + s.width]): return None
+    return s.listed()
 
 
 def compact(
@@ -163,9 +215,14 @@ def compact(
     share:float=.08, # give up if more of the table than this is above
     bias:Tensor|None=None, # (d_sae,) to be added to every row; default: none
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]|None: # (n,) latents, (n,) values, (batch,) where each token's entries end; None if there are too many
-    "List the entries of z + bias that are not ≤ their latent's limit, token by token."
-    M = z.shape[1]
-    return _listed("_above", z.detach().numpy(), share, np.zeros(M, np.float32) if bias is None else bias.detach().contiguous().numpy(), low.detach().expand(M).contiguous().numpy())
+    "The same for a table that is there: its entries that are not ≤ their latent's limit, token by token."
+    M, s = z.shape[1], Stripes(*z.shape, share)
+    s.firsts, s.stops = [0], s.stops[:1]                                                             # one stripe: its rows are whole
+    low, bias = _limits(M, low, bias)
+    return s.listed() if s.look("_above", 0, z.detach().numpy(), bias, low) else None
+
+
+def _limits(M, low, bias): return low.detach().expand(M).contiguous().numpy(), np.zeros(M, np.float32) if bias is None else bias.detach().contiguous().numpy()
 
 # %% ../../nbs/sae/02a_loops.ipynb #0242932d
 @loop
@@ -173,19 +230,23 @@ def _topk(lo, hi, z, k, at, value, counts):
     "The k largest positive entries of rows lo … hi, in the order of their columns; among equals the first."
     width = z.shape[1]
     blocks = width // 16
-    tops, some, where = np.empty(blocks, np.float32), np.empty(width, np.float32), np.empty(width, np.int64)
+    tops, some, where, flags = np.empty(blocks, np.float32), np.empty(width, np.float32), np.empty(width, np.int64), np.zeros((width + 7) // 8 * 8, np.uint8)
+    words = flags.view(np.uint64)
     for r in range(lo, hi):
         row, bound = z[r], np.float32(0)
         if blocks > 2 * k:
-            for b in range(blocks):
-                top = row[16 * b]
-                for c in range(16 * b + 1, 16 * b + 16): top = max(top, row[c])
-                tops[b] = top
+            for b in range(blocks): tops[b] = row[b]
+            for j in range(1, 16):
+                part = row[j * blocks:(j + 1) * blocks]
+                for b in range(blocks): tops[b] = part[b] if part[b] > tops[b] else tops[b]
             bound = max(bound, np.partition(tops, blocks - k)[blocks - k])
+        for c in range(width): flags[c] = 0 if row[c] < bound or row[c] <= 0 else 1
         n = 0
-        for c in range(width):
-            if not (row[c] < bound) and not (row[c] <= 0):
-                some[n] = row[c]; where[n] = c; n += 1
+        for w in range(len(words)):
+            if words[w]:
+                for c in range(8 * w, 8 * w + 8):
+                    if flags[c]:
+                        some[n] = row[c]; where[n] = c; n += 1
         least, equal = np.float32(0), n
         if n > k:
             least = np.partition(some[:n], n - k)[n - k]
@@ -217,55 +278,70 @@ def topk(
 @loop
 def _decode(lo, hi, at, v, ends, W, out):
     "Rows lo … hi of out = Σ v·W[at]."
-    d = out.shape[1]
+    d, most = out.shape[1], 0
+    for r in range(lo, hi): most = max(most, ends[r] - (ends[r - 1] if r else 0))
+    some = np.empty(most, np.int64)
     for r in range(lo, hi):
-        o, i, stop = out[r], ends[r - 1] if r else 0, ends[r]
+        o, n, i = out[r], 0, 0
+        for e in range(ends[r - 1] if r else 0, ends[r]):
+            some[n] = e; n += v[e] != 0
         for k in range(d): o[k] = 0
-        while i + 4 <= stop:
-            a, b, c, e, va, vb, vc, ve = W[at[i]], W[at[i + 1]], W[at[i + 2]], W[at[i + 3]], v[i], v[i + 1], v[i + 2], v[i + 3]
-            if va != 0 or vb != 0 or vc != 0 or ve != 0:
-                for k in range(d): o[k] += va * a[k] + vb * b[k] + vc * c[k] + ve * e[k]
+        while i + 4 <= n:
+            p, q, r_, s = some[i], some[i + 1], some[i + 2], some[i + 3]
+            a, b, c, e, va, vb, vc, ve = W[at[p]], W[at[q]], W[at[r_]], W[at[s]], v[p], v[q], v[r_], v[s]
+            for k in range(d): o[k] += va * a[k] + vb * b[k] + vc * c[k] + ve * e[k]
             i += 4
-        while i < stop:
-            a, va = W[at[i]], v[i]
+        while i < n:
+            a, va = W[at[some[i]]], v[some[i]]
             for k in range(d): o[k] += va * a[k]
             i += 1
 
-# %% ../../nbs/sae/02a_loops.ipynb #fba633f6
-@loop
-def _products(lo, hi, at, ends, x, W, out):
-    "Entries of tokens lo … hi of ⟨x[row], W[at]⟩."
-    d = x.shape[1]
-    for r in range(lo, hi):
-        o = x[r]
-        for i in range(ends[r - 1] if r else 0, ends[r]):
-            w, s = W[at[i]], np.float32(0)
-            for k in range(d): s += o[k] * w[k]
-            out[i] = s
-
 # %% ../../nbs/sae/02a_loops.ipynb #76b6660b
 @loop
-def _turn(lo, hi, at, ends, starts, order, tokens):
-    "The list by latent: starts (d_sae + 1), positions and tokens in that order. lo and hi are not used."
-    for i in range(len(at)): starts[at[i] + 1] += 1
+def _turn(lo, hi, at, ends, v, starts, order, tokens):
+    "The list by latent: starts (d_sae + 1), positions and tokens in that order, of entries with v ≠ 0 if there is a v. lo and hi are not used."
+    every = len(v) == 0
+    for i in range(len(at)): starts[at[i] + 1] += every or v[i] != 0
     for j in range(len(starts) - 1): starts[j + 1] += starts[j]
     r, where = 0, starts[:-1].copy()
     for i in range(len(at)):
         while ends[r] <= i: r += 1
-        p = where[at[i]]
-        where[at[i]] = p + 1
-        order[p] = i; tokens[p] = r
+        if every or v[i] != 0:
+            p = where[at[i]]
+            where[at[i]] = p + 1
+            order[p] = i; tokens[p] = r
 
 
 def turn(
     at:np.ndarray, # (n,) latents
     ends:np.ndarray, # (batch,) where each token's entries end
     d_sae:int, # number of latents
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # (n,) positions, (n,) tokens, (d_sae + 1,) where each latent's entries start
+    v:np.ndarray|None=None, # (n,) one number per entry: those with 0 are left out
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # positions, tokens, (d_sae + 1,) where each latent's entries start
     "Order a list by latent."
     order, tokens, starts = np.empty(len(at), np.int64), np.empty(len(at), np.int64), np.zeros(d_sae + 1, np.int64)
-    run("_turn", (0, 0), at, ends, starts, order, tokens)
-    return order, tokens, starts
+    run("_turn", (0, 0), at, ends, np.empty(0, np.float32) if v is None else v, starts, order, tokens)
+    return order[:starts[-1]], tokens[:starts[-1]], starts
+
+# %% ../../nbs/sae/02a_loops.ipynb #6c51bd25
+@loop
+def _products(lo, hi, order, tokens, starts, x, W, out):
+    "Entries of latents lo … hi of ⟨x[row], W[at]⟩."
+    d = x.shape[1]
+    for j in range(lo, hi):
+        w, i, stop = W[j], starts[j], starts[j + 1]
+        while i + 4 <= stop:
+            a, b, c, e = x[tokens[i]], x[tokens[i + 1]], x[tokens[i + 2]], x[tokens[i + 3]]
+            p = q = r = s = np.float32(0)
+            for k in range(d):
+                p += a[k] * w[k]; q += b[k] * w[k]; r += c[k] * w[k]; s += e[k] * w[k]
+            out[order[i]] = p; out[order[i + 1]] = q; out[order[i + 2]] = r; out[order[i + 3]] = s
+            i += 4
+        while i < stop:
+            a, p = x[tokens[i]], np.float32(0)
+            for k in range(d): p += a[k] * w[k]
+            out[order[i]] = p
+            i += 1
 
 # %% ../../nbs/sae/02a_loops.ipynb #a51e62ab
 @loop
@@ -306,14 +382,14 @@ def decode(
 
 
 def products(
-    at:np.ndarray, # (n,) latents
-    ends:np.ndarray, # (batch,) where each token's entries end
+    turned:tuple[np.ndarray, np.ndarray, np.ndarray], # what `turn` gives, of all entries
     x:Tensor, # (batch, d)
     W:Tensor, # (d_sae, d)
-) -> Tensor: # (n,)
+) -> Tensor: # (n,) in the order of tokens
     "Multiply each entry's token row by its latent row."
-    out = np.empty(len(at), np.float32)
-    run("_products", cut(len(ends), ends), at, ends, rows_of(x), rows_of(W), out)
+    order, tokens, starts = turned
+    out = np.empty(len(order), np.float32)
+    run("_products", cut(len(starts) - 1, starts[1:]), order, tokens, starts, rows_of(x), rows_of(W), out)
     return torch.from_numpy(out)
 
 

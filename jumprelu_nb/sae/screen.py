@@ -20,7 +20,7 @@ from . import loops
 from .loops import loop
 
 # %% auto #0
-__all__ = ['packed', 'rescore', 'screened', 'sums_in_float32', 'trial', 'gain', 'worthwhile']
+__all__ = ['packed', 'screened', 'sums_in_float32', 'trial', 'gain', 'worthwhile']
 
 # %% ../../nbs/sae/02a_screen.ipynb #df891b10
 @loop
@@ -52,40 +52,22 @@ def packed(
 
 # %% ../../nbs/sae/02a_screen.ipynb #cb9fcfe1
 @loop
-def _rescore(piece, lo, hi, at, ends, x, W, bias, low, value, kept, used):
-    "Keep of tokens lo … hi the entries with x·W[at] + bias that are not ≤ low; in place."
-    d, n = x.shape[1], ends[lo - 1] if lo else 0
-    i = start = n
+def _rescore(piece, lo, hi, x, W, bias, low, stripe, first, room, at, value, stops, used):
+    "Keep of a stripe's entries of tokens lo … hi those with x·W[at] + bias that are not ≤ low; in place."
+    d, i = x.shape[1], stops[stripe - 1, hi - 1] if stripe else piece * room
+    n = i
     for r in range(lo, hi):
-        o = x[r]
-        while i < ends[r]:
-            j = at[i]
+        o, stop = x[r], stops[stripe, r]
+        while i < stop:
+            j = at[i] - first
             w, s = W[j], np.float32(0)
             for k in range(d): s += o[k] * w[k]
             s += bias[j]
             if not (s <= low[j]):
-                at[n] = j; value[n] = s; n += 1
+                at[n] = j + first; value[n] = s; n += 1
             i += 1
-        kept[r] = n - start
-    used[piece] = n - start
-
-
-def rescore(
-    found:tuple, # (at, _, ends) of candidates
-    x:Tensor, # (batch, d)
-    W:Tensor, # (d_sae, d) a latent's weights in a row
-    bias:Tensor, # (d_sae,)
-    low:Tensor, # (d_sae,) limits
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # as `loops.compact` gives it
-    "Compute listed entries of x Wᵀ + bias, and keep those that are not ≤ their latent's limit."
-    at, _, ends = found
-    if x.shape[1] != W.shape[1]: raise ValueError(f"Tokens and latents must have one width, but x has {x.shape[1]} columns and W has {W.shape[1]}.")
-    cuts, kept, value = loops.cut(len(ends), ends), np.zeros(len(ends), np.int64), np.empty(len(at), np.float32)
-    used, first = np.zeros(len(cuts) - 1, np.int64), [int(ends[c - 1]) if c else 0 for c in cuts[:-1]]
-    loops.run("_rescore", cuts, at, ends, loops.rows_of(x), loops.rows_of(W), bias.detach().numpy(), low.detach().numpy(), value, kept, used, numbered=True)
-    for i in range(1, len(used)): kept[cuts[i]:cuts[i + 1]] += used[:i].sum()
-    def whole(v): return v[:used[0]] if len(used) == 1 else np.concatenate([v[a:a + n] for a, n in zip(first, used)])
-    return whole(at), whole(value), kept
+        stops[stripe, r] = n
+    used[piece] = n - piece * room
 
 # %% ../../nbs/sae/02a_screen.ipynb #be0ef4c0
 def screened(
@@ -96,6 +78,7 @@ def screened(
     share:float=.06, # give up if more of the table than this survives
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]|None: # (n,) latents, (n,) values, (batch,) where each token's entries end; None if float32 is the better way
     "List the entries of x Wᵀ + bias that are not ≤ their latent's limit, having looked at all in bfloat16 and at few in float32."
+    if x.shape[1] != W.shape[1]: raise ValueError(f"Tokens and latents must have one width, but x has {x.shape[1]} columns and W has {W.shape[1]}.")
     d, gamma = x.shape[1], (x.shape[1] + 32) * 2.**-23
     width = -(-(d + 4) // 32) * 32
     (xa, nx), (wa, nw) = packed(x, width), packed(W, width)
@@ -107,8 +90,11 @@ def screened(
     high = t.bfloat16()
     xa[:, d], xa[:, d + 1], xa[:, d + 2:d + 4] = _up(nx[:, 1] + 3 * gamma * nx[:, 2]), _up(nx[:, 2]), 1
     wa[:, d], wa[:, d + 1], wa[:, d + 2], wa[:, d + 3] = _up(nw[:, 0]), _up(nw[:, 1]), -high, -(t - high.float()).bfloat16()
-    found = loops._listed("_marked", torch.mm(xa, wa.T).view(torch.int16).numpy(), share)
-    return None if found is None else rescore(found, x, W, bias, low)
+    s, rows, weights, bias, low = loops.Stripes(len(x), len(W), share, 16), loops.rows_of(x), loops.rows_of(W), bias.numpy(), low.numpy()
+    for i, first in enumerate(s.firsts):
+        part = slice(first, first + s.width)
+        if not s.look("_marked", i, torch.mm(xa, wa[part].T).view(torch.int16).numpy(), values=False) or not s.look("_rescore", i, rows, weights[part], bias[part], low[part]): return None
+    return s.listed()
 
 # %% ../../nbs/sae/02a_screen.ipynb #f7be088e
 def sums_in_float32() -> bool:

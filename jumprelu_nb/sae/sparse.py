@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import warnings
 from functools import cache, cached_property
 from typing import NamedTuple
@@ -67,6 +66,13 @@ class Layout:
         "What `loops.turn` gives."
         return loops.turn(self.at.numpy(), self.row_ends.numpy(), self.d_sae)
 
+    def turned_for(self,
+        v:Tensor, # (n,) one number per entry
+    ) -> tuple:
+        "The same, without the entries whose number is 0 if those are many."
+        v = v.detach().contiguous().numpy()
+        return self.turned if np.count_nonzero(v) > .8 * len(v) else loops.turn(self.at.numpy(), self.row_ends.numpy(), self.d_sae, v)
+
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
         "((n,) permutation, (n,) tokens in that order, (d_sae,) position of each latent's first entry)."
@@ -92,7 +98,7 @@ class Layout:
         x:Tensor, # (batch, d) rows
     ) -> Tensor: # (d_sae, d) Σ over each latent's entries of v·x[row]
         "Multiply the transposed sparse table by a matrix."
-        if self.fast(v, x): return loops.collect(self.turned, v, x)
+        if self.fast(v, x): return loops.collect(self.turned_for(v), v, x)
         order, rows, starts = self.by_latent
         return F.embedding_bag(rows, x, starts, mode="sum", per_sample_weights=v.index_select(0, order).to(x.dtype))
 
@@ -103,7 +109,7 @@ class Layout:
         "Evaluate the entries of x Wᵀ that are on the list, and no others."
         n = len(self.at)
         if n == 0: return x.new_zeros(0)
-        if self.fast(x, W): return loops.products(self.at.numpy(), self.row_ends.numpy(), x, W)
+        if self.fast(x, W): return loops.products(self.turned, x, W)
         _greet_csr()
         table = torch.sparse_csr_tensor(F.pad(self.row_ends, (1, 0)), self.at, x.new_zeros(n), (self.batch, self.d_sae), check_invariants=False)
         return torch.sparse.sampled_addmm(table, x, W.T, beta=0.).values()
@@ -118,8 +124,8 @@ class _Encode(torch.autograd.Function):
     "Entries of (u − b_dec) W_enc + b_enc, already computed, with the gradients of the product. `b_dec` is None where nothing is subtracted."
 
     @staticmethod
-    def forward(ctx, u, W_enc, b_enc, b_dec, z, layout, sae=None):
-        ctx.save_for_backward(u if b_dec is None else u - b_dec, W_enc); ctx.layout, ctx.sae = layout, sae
+    def forward(ctx, u, W_enc, b_enc, b_dec, z, layout, sae=None, x=None):
+        ctx.save_for_backward((u if b_dec is None else u - b_dec) if x is None else x, W_enc); ctx.layout, ctx.sae = layout, sae
         return z.view_as(z)
 
     @staticmethod
@@ -127,10 +133,12 @@ class _Encode(torch.autograd.Function):
     def backward(ctx, g):
         (x, W_enc), l = ctx.saved_tensors, ctx.layout
         need_u, need_W, need_b, need_c = ctx.needs_input_grad[:4]
-        if need_W and ctx.sae is not None and ctx.sae.sink is not None: ctx.sae.sink.setdefault("W_enc", []).append((l, g, x)); need_W = False
         g_b = g.new_zeros(l.d_sae).index_add_(0, l.at, g) if need_b or need_c else None
+        if need_W and ctx.sae is not None and ctx.sae.sink is not None:
+            ctx.sae.sink.setdefault("W_enc", []).append((l, g, x)); need_W = False
+            if need_c: ctx.sae.sink.setdefault("b_dec", []).append(g_b); need_c = False
         return (l.decode(g, W_enc.T.contiguous()) if need_u else None, l.collect(g, x).T if need_W else None, g_b if need_b else None,
-                -(W_enc @ g_b) if need_c else None, None, None, None)                   # every token pulls b_dec back through the same product
+                -(W_enc @ g_b) if need_c else None, None, None, None, None)             # every token pulls b_dec back through the same product
 
 # %% ../../nbs/sae/02b_sparse.ipynb #6f24c3dd
 class _Decode(torch.autograd.Function):
@@ -235,14 +243,6 @@ class Codes:
         if self.layout is None: return v
         return v.new_zeros(len(self.u), self.sae.d_sae).index_put((self.layout.rows, self.layout.at), v)
 
-# %% ../../nbs/sae/02b_sparse.ipynb #c803bc1e
-_local = threading.local()
-
-
-def _room(rows, columns): # a table to write pre-activations into, kept for the next batch: fresh memory costs more than a pass over it
-    if getattr(_local, "room", None) is None or _local.room.numel() < rows * columns: _local.room = torch.empty(rows * columns)
-    return _local.room[:rows * columns].view(rows, columns)
-
 # %% ../../nbs/sae/02b_sparse.ipynb #336a72ce
 def _batch_topk(gate, z): # the list of a BatchTopK gate in training, guessed from the cut of the last batch; None if the guess was too high
     n, guess = gate.budget(z), .8 * gate._last
@@ -263,19 +263,18 @@ def _tables_list(sae, z): # the list of a gate that has to see the whole table, 
     if gate.name == "batch_topk" and gate.training: return _batch_topk(gate, z)
 
 # %% ../../nbs/sae/02b_sparse.ipynb #4e7a43ad
-def _listed(sae, u, share, screen, low): # → (z, layout) of the entries that count, or None if there are too many
+def _listed(sae, u, share, screen, low): # → (z, layout) of the entries that count, or None if there are too many; u is what the product reads
     B, M = len(u), sae.d_sae
-    if sae.pre_encoder_bias: u = u - sae.b_dec
     bias = sae.b_enc
     if not (loops.compiled() and u.dtype == torch.float32 and u.device.type == "cpu"): low = None
     if low is not None and (screen == "on" or screen == "auto" and worthwhile(B, sae.d_in, M)) and (found := screened(u, sae.W_enc.T, bias, low, min(share, .06) if share < 1 else 1.)) is not None:
         at, value, ends = map(torch.from_numpy, found)
         return value, Layout(None, at, B, M, ends)
     if low is not None:
-        if (found := loops.compact(torch.mm(u, sae.W_enc, out=_room(B, M)), low, share, bias)) is None: return None
+        if (found := loops.product(u, sae.W_enc.T, low, share, bias)) is None: return None
         at, value, ends = map(torch.from_numpy, found)
         return value, Layout(None, at, B, M, ends)
-    z = torch.addmm(bias, u, sae.W_enc, out=_room(B, M)) if u.dtype == torch.float32 and u.device.type == "cpu" else torch.addmm(bias, u, sae.W_enc)
+    z = torch.addmm(bias, u, sae.W_enc, out=loops.room_for(B, M)) if u.dtype == torch.float32 and u.device.type == "cpu" else torch.addmm(bias, u, sae.W_enc)
     if loops.compiled() and z.dtype == torch.float32 and z.device.type == "cpu" and (found := _tables_list(sae, z)) is not None and len(found[0]) < max(share, .5) * z.numel():
         at, value, ends = map(torch.from_numpy, found)
         return value, Layout(None, at, B, M, ends)
@@ -297,10 +296,10 @@ def codes_of(
     if form not in ("auto", "table", "list"): raise ValueError(f"Unknown form {form!r}: choose 'auto', 'table' or 'list'.")
     if screen not in ("auto", "on", "off"): raise ValueError(f"Unknown screen {screen!r}: choose 'auto', 'on' or 'off'.")
     if form == "list" or form == "auto" and u.device.type == "cpu" and u.dtype == torch.float32:
-        with torch.no_grad(): found = _listed(sae, u, 1. if form == "list" else .08, screen, sae.gate.low())
+        with torch.no_grad(): found = _listed(sae, x := u - sae.b_dec if sae.pre_encoder_bias else u, 1. if form == "list" else .08, screen, sae.gate.low())
         if found is not None:
             z, layout = found
-            z = _Encode.apply(u, sae.W_enc, sae.b_enc, sae.b_dec if sae.pre_encoder_bias else None, z, layout, sae if "W_enc" in sae._parameters else None)
+            z = _Encode.apply(u, sae.W_enc, sae.b_enc, sae.b_dec if sae.pre_encoder_bias else None, z, layout, sae if "W_enc" in sae._parameters else None, x)
             return Codes(sae, u, z, sae.gate.values(z, layout.at), layout, target, silent)
     z = sae.pre_acts(u)
     return Codes(sae, u, z, sae.gate(z), None, target, silent)
@@ -329,7 +328,7 @@ def encode_sparse(
     C = sae.scale.to(sae.dtype)
     u = x.reshape(-1, sae.d_in).to(sae.dtype) / C
     limit = None if sae.gate.signed or sae.gate.batch_dependent and sae.gate.training else sae.gate.inference_threshold()
-    if (found := _listed(sae, u, 1., screen, None if limit is None else limit.to(u))) is None: raise ValueError(f"Unknown screen {screen!r}: choose 'auto', 'on' or 'off'.")
+    if (found := _listed(sae, u - sae.b_dec if sae.pre_encoder_bias else u, 1., screen, None if limit is None else limit.to(u))) is None: raise ValueError(f"Unknown screen {screen!r}: choose 'auto', 'on' or 'off'.")
     z, layout = found
     f = sae.gate.values(z, layout.at)
     tokens, at = layout.rows, layout.at
