@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jumprelu_nb.data.activations import Activations
 from jumprelu_nb.sae import loops, screen
 from jumprelu_nb.sae.adam import RowAdam, optimizer
-from jumprelu_nb.sae.gates import JumpReLUGate
+from jumprelu_nb.sae.gates import JumpReLUGate, make_gate
 from jumprelu_nb.sae.model import SAE
 from jumprelu_nb.sae.sparse import codes_of, decode_sparse, encode_sparse
 from jumprelu_nb.train.recipes import RECIPES, get_recipe
@@ -85,6 +85,31 @@ def test_screening_loses_nothing(B, M, d, size, mean, rank, threads, seed):
     found = screen.screened(x, W, bias, low, 1.)
     r, c = (~(z <= low)).nonzero().T
     assert found[0].tolist() == c.tolist() and torch.equal(torch.from_numpy(found[1]), z[r, c]) and rows(found[2]).tolist() == r.tolist()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from([512, 700, 4100]), st.sampled_from([200, 1000]), st.integers(1, 12), st.sampled_from([0., .3, 2.]), st.sampled_from([0., .5, -2.5]), st.sampled_from(["on", "off"]), st.integers(1, 2), st.integers(0, 99))
+def test_guesses_change_nothing(B, M, k, spread, bias, mode, threads, seed):
+    "TopK and BatchTopK listed above a guess are what they are on the whole table, whether the guess was good or not."
+    torch.set_num_threads(threads)
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(B, 24, generator=g)*torch.exp(spread*torch.randn(B, 1, generator=g))
+    x[5] = 0
+    for name in ("topk", "batch_topk"):
+        sae = SAE(24, M, make_gate(name, M, k=k)).init_(seed=seed)
+        sae.b_enc.data.fill_(bias)
+        if name == "batch_topk": sae.gate.running.fill_(float(torch.rand((), generator=g)*3))
+        whole = copy.deepcopy(sae)
+        listed = codes_of(sae, x, "list", screen=mode)
+        z = whole.pre_acts(x).detach()
+        f = whole.gate(whole.pre_acts(x)).detach()
+        cut = z.topk(k + 1).values[:, -2:] if name == "topk" else z.flatten().topk(k*B + 1).values[-2:].expand(B, 2)
+        clear = (cut[:, 0] - cut[:, 1] > 1e-5*cut[:, 0].abs()) | (cut[:, 0] <= 0)            # which of two equals passes is decided by their last bit
+        torch.testing.assert_close(listed.table(listed.f).detach()[clear], f[clear], atol=1e-4, rtol=1e-4)
+        assert clear.float().mean() > .9 or name == "batch_topk"
+        ends = listed.layout.row_ends
+        assert ends[-1] == len(listed.at) and (torch.diff(listed.layout.rows) >= 0).all()
+        if name == "batch_topk": torch.testing.assert_close(sae.gate.running, whole.gate.running, atol=1e-4, rtol=1e-4)
 
 
 def toy(n=4000, d=24):

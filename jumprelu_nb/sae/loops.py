@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['LOOPS', 'loop', 'compiled', 'made', 'run', 'cut', 'Stripes', 'room_for', 'product', 'compact', 'topk', 'turn',
+__all__ = ['LOOPS', 'loop', 'compiled', 'made', 'run', 'cut', 'Stripes', 'room_for', 'product', 'compact', 'topk', 'best', 'turn',
            'rows_of', 'decode', 'products', 'collect']
 
 # %% ../../nbs/sae/02a_loops.ipynb #27077c1a
@@ -273,6 +273,33 @@ def topk(
     if ends[-1] == B * k: return at.ravel(), value.ravel(), ends
     full = np.arange(k) < counts[:, None]
     return at[full], value[full], ends
+
+# %% ../../nbs/sae/02a_loops.ipynb #d61a53ac
+@loop
+def _best(lo, hi, value, ends, k, keep):
+    "Mark the k largest entries of rows lo … hi of a list; among equals the first."
+    for r in range(lo, hi):
+        start = ends[r - 1] if r else 0
+        n = ends[r] - start
+        some, mark = value[start:ends[r]], keep[start:ends[r]]
+        if n <= k: mark[:] = True
+        else:
+            least, equal = np.partition(some, n - k)[n - k], k
+            for i in range(n): equal -= not (some[i] <= least)
+            for i in range(n):
+                mark[i] = not (some[i] <= least) or (some[i] == least and equal > 0)
+                if some[i] == least: equal -= 1
+
+
+def best(
+    found:tuple[np.ndarray, np.ndarray, np.ndarray], # a list, as `compact` gives it
+    k:int, # how many of each token
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # likewise
+    "Keep the k largest entries of every token."
+    at, value, ends = found
+    keep = np.zeros(len(at), np.bool_)
+    run("_best", cut(len(ends), ends), value, ends, k, keep)
+    return at[keep], value[keep], np.concatenate([[0], np.cumsum(keep)])[ends]
 
 # %% ../../nbs/sae/02a_loops.ipynb #3d158866
 @loop

@@ -244,41 +244,57 @@ class Codes:
         return v.new_zeros(len(self.u), self.sae.d_sae).index_put((self.layout.rows, self.layout.at), v)
 
 # %% ../../nbs/sae/02b_sparse.ipynb #336a72ce
-def _batch_topk(gate, z): # the list of a BatchTopK gate in training, guessed from the cut of the last batch; None if the guess was too high
-    n, guess = gate.budget(z), .8 * gate._last
-    if not 0 < guess < math.inf or (found := loops.compact(z, torch.full((1,), guess), .08)) is None or len(found[0]) < max(1, n): return None
+def _table(sae, x): # pre-activations, in memory that is used for every batch
+    if x.dtype != torch.float32 or x.device.type != "cpu": return torch.addmm(sae.b_enc, x, sae.W_enc)
+    return torch.addmm(sae.b_enc, x, sae.W_enc, out=loops.room_for(len(x), sae.d_sae))
+
+
+def _above(sae, x, low, share, screen): # the list of what is above its latent's limit, or None if that is too much
+    if screen == "on" or screen == "auto" and worthwhile(len(x), sae.d_in, sae.d_sae):
+        if (found := screened(x, sae.W_enc.T, sae.b_enc, low, min(share, .06) if share < 1 else 1.)) is not None: return found
+    return loops.product(x, sae.W_enc.T, low, share, sae.b_enc)
+
+
+def _batch_topk(sae, x, screen): # the list of a BatchTopK gate in training; None if the guess was too high
+    gate, z = sae.gate, x.new_empty(()).expand(len(x), sae.d_sae)                              # of the shape of the table
+    n, guess = gate.budget(z), .8 * float(gate.running)
+    if not 0 < guess < math.inf or (found := _above(sae, x, torch.full((1,), guess), .08, screen)) is None or len(found[0]) < max(1, n): return None
     at, value, ends = found
     low = np.partition(value, len(value) - n)[len(value) - n]
+    if not math.isfinite(low): return None
     keep = value >= low
     if (surplus := int(keep.sum()) - n) > 0: keep[np.flatnonzero(value == low)[-surplus:]] = False
-    if not math.isfinite(low): return None
-    gate._last = float(low)
     gate._remember(torch.tensor(low), z.shape, ahead=True)
     return at[keep], value[keep], np.concatenate([[0], np.cumsum(keep)])[ends]
 
 
-def _tables_list(sae, z): # the list of a gate that has to see the whole table, where a loop knows how
-    gate = sae.gate
-    if gate.name == "topk": return loops.topk(z, gate.k)
-    if gate.name == "batch_topk" and gate.training: return _batch_topk(gate, z)
+def _topk(sae, x, screen): # the list of a TopK gate; None if no guess is any good
+    k, B = sae.gate.k, len(x)
+    if B < 512 or k > .04 * sae.d_sae: return None
+    guess = .9 * float(_table(sae, x[::64]).topk(k).values[:, -1].kthvalue(1 + B // 2048).values)
+    if not guess < math.inf or (found := _above(sae, x, torch.full((1,), max(0., guess)), .08, screen)) is None: return None
+    at, value, ends = loops.best(found, k)
+    counts = np.diff(ends, prepend=0)
+    if guess <= 0 or not len(short := np.flatnonzero(counts < k)): return at, value, ends
+    if len(short) > B // 8: return None
+    more = loops.topk(_table(sae, x[torch.from_numpy(short)]), k)                              # those who have fewer than k above the guess
+    kept, counts[short] = np.repeat(counts == k, counts), np.diff(more[2], prepend=0)
+    mine = np.repeat(np.isin(np.arange(B), short), counts)
+    out = np.empty(len(mine), at.dtype), np.empty(len(mine), value.dtype)
+    for o, a, b in zip(out, (at, value), more): o[~mine], o[mine] = a[kept], b
+    return *out, counts.cumsum()
 
 # %% ../../nbs/sae/02b_sparse.ipynb #4e7a43ad
-def _listed(sae, u, share, screen, low): # → (z, layout) of the entries that count, or None if there are too many; u is what the product reads
-    B, M = len(u), sae.d_sae
-    bias = sae.b_enc
-    if not (loops.compiled() and u.dtype == torch.float32 and u.device.type == "cpu"): low = None
-    if low is not None and (screen == "on" or screen == "auto" and worthwhile(B, sae.d_in, M)) and (found := screened(u, sae.W_enc.T, bias, low, min(share, .06) if share < 1 else 1.)) is not None:
-        at, value, ends = map(torch.from_numpy, found)
-        return value, Layout(None, at, B, M, ends)
-    if low is not None:
-        if (found := loops.product(u, sae.W_enc.T, low, share, bias)) is None: return None
-        at, value, ends = map(torch.from_numpy, found)
-        return value, Layout(None, at, B, M, ends)
-    z = torch.addmm(bias, u, sae.W_enc, out=loops.room_for(B, M)) if u.dtype == torch.float32 and u.device.type == "cpu" else torch.addmm(bias, u, sae.W_enc)
-    if loops.compiled() and z.dtype == torch.float32 and z.device.type == "cpu" and (found := _tables_list(sae, z)) is not None and len(found[0]) < max(share, .5) * z.numel():
-        at, value, ends = map(torch.from_numpy, found)
-        return value, Layout(None, at, B, M, ends)
-    mask = sae.gate.select(z)
+def _listed(sae, x, share, screen, low): # → (z, layout) of the entries that count, or None if there are too many; x is what the product reads
+    B, M, gate = len(x), sae.d_sae, sae.gate
+    fast = loops.compiled() and x.dtype == torch.float32 and x.device.type == "cpu"
+    def whole(found): return torch.from_numpy(found[1]), Layout(None, torch.from_numpy(found[0]), B, M, torch.from_numpy(found[2]))
+    if fast and low is not None: return None if (found := _above(sae, x, low, share, screen)) is None else whole(found)
+    if fast and gate.name == "topk" and (found := _topk(sae, x, screen)) is not None: return whole(found)
+    if fast and gate.name == "batch_topk" and gate.training and (found := _batch_topk(sae, x, screen)) is not None: return whole(found)
+    z = _table(sae, x)
+    if fast and gate.name == "topk": return whole(loops.topk(z, gate.k))
+    mask = gate.select(z)
     if share < 1 and int(mask.view(-1).view(torch.uint8).sum(dtype=torch.int64)) >= share * mask.numel(): return None
     layout = Layout(*positions(mask), B, M)
     return z.view(-1).index_select(0, layout.rows * M + layout.at), layout

@@ -267,10 +267,12 @@ def train(
     checkpoint_seconds:float=30., # at most this much work is lost by a kill
     context_size:int|None=None, # tokens per context; default: the model's
     cache:str|Path|None=None, # keep harvested activations in this folder and reuse them
+    screen:str="auto", # look at pre-activations in bfloat16 first: "on", "off", or "auto", where the machine is faster at it; the result is the same to rounding
     **fields, # any field of the recipe, by name
 ) -> Run:
     "Train a sparse autoencoder on the activations of a language model, or on any rows of numbers."
     if tokens < 1: raise ValueError(f"tokens must be at least 1, got {tokens}.")
+    if screen not in ("auto", "on", "off"): raise ValueError(f"Unknown screen {screen!r}: choose 'auto', 'on' or 'off'.")
     recipe = get_recipe(recipe, **({} if l0 is None else dict(l0=float(l0))), **fields)
     out = _folder(out, resume)
     if isinstance(source, (str, Path)): source = LanguageModel.load(str(source), device=device)
@@ -278,7 +280,7 @@ def train(
     d_sae = 10 * (getattr(acts, "split", None) or acts.d_in) if d_sae is None else d_sae
     if device is None: device = source.device if isinstance(source, LanguageModel) else acts.device
     for line in advice(recipe, acts.d_in, d_sae, tokens): warnings.warn(line, stacklevel=2)
-    trainer = Trainer(acts, recipe, d_sae, tokens, seed, device)
+    trainer = Trainer(acts, recipe, d_sae, tokens, seed, device, screen)
     identity = dict(recipe=recipe.to_dict(), d_in=acts.d_in, d_sae=d_sae, tokens=tokens, seed=seed, data=acts.mark)
     log, spent = [], 0.
     if resume and (out/"checkpoint.pt").exists(): log, spent = _load_checkpoint(out/"checkpoint.pt", trainer, identity)
