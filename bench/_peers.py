@@ -38,6 +38,7 @@ warnings.filterwarnings("ignore", "Sparse CSR tensor support")
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from _common import cores, report
 
 try: import resource
 except ImportError: resource = None
@@ -582,3 +583,32 @@ def elsewhere(script:str|Path, words:list[str], threads:int=1, allocator:bool=Fa
 def hand_over(path:Path, result:Any) -> None:
     import json
     path.write_text(json.dumps(result), encoding="utf-8")
+
+
+def tables_of(script:str|Path, measure:Callable[..., dict], args:argparse.Namespace, shapes:list[Shape], names:list[str], known:list[str]|None=None, further:tuple[str, ...]=(), **marks:Any) -> list[dict]|None:
+    """One table per shape, number of threads and allocator setting, each in a process of its own; here, if there is only one and this process has its setting.
+
+    `further` are words for those processes, `marks` what is written beside their tables. None: this is such a process, and has handed its table over."""
+    if max(args.threads) > cores(): print(f"{max(args.threads)} threads on {cores()} cores measure waiting.", file=sys.stderr)
+    settings = {"off": [False], "on": [True], "both": [False, True]}[args.malloc]
+    if args.json_to: return hand_over(args.json_to, measure(shapes[0], args))
+    chosen(args.only, names, known)                                        # complains now, not in every process
+    if len(shapes) == len(settings) == len(args.threads) == 1 and settings[0] == allocator_set(): return [measure(shapes[0], args)]
+    same = [*(["--only", args.only] if args.only else []), "--rounds", str(args.rounds), "--warm", str(args.warm), *further]
+    return [elsewhere(script, ["--shape", s.word, "--threads", str(t), *same], t, keep) | {"shape": s.word, "threads": t, "allocator_setting": keep, **marks} for s in shapes for t in args.threads for keep in settings]
+
+
+# -- what is written -------------------------------------------------------------------------------------------------------------
+def keep_unfinished(name:str, results:dict[str, Any], out:Path|None) -> None:
+    "Write what is known so far where `--out` says, so that nothing is lost."
+    import json
+    if not out: return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(out.name + ".part")
+    part.write_text(json.dumps({"benchmark": name, "unfinished": True, "results": results}, indent=1), encoding="utf-8"); os.replace(part, out)
+
+
+def reported(name:str, results:dict[str, Any], args:argparse.Namespace, shapes:list[Shape]) -> dict[str, Any]:
+    "Report, with the shapes as they are written on the command line."
+    args.shape = [s.word for s in shapes]
+    return report(name, results, args, PACKAGES)

@@ -30,9 +30,8 @@ if __name__ == "__main__": os.environ.setdefault("TQDM_DISABLE", "1")        # t
 
 import torch
 from _common import argument_parser, report
-from _peers import PACKAGES, missing
+from _peers import PACKAGES, keep_unfinished, missing
 from jumprelu_nb.data.activations import Activations
-from jumprelu_nb.sae.model import write_atomically
 from jumprelu_nb.train.trainer import train
 
 BUDGETS = (.03, .05, .07, .1, .14, .2, .28, .4, .56, .8, 1.1, 1.6)          # of --tokens, for ours
@@ -212,7 +211,6 @@ def parser():
 
 def main(words:list[str]|None=None) -> dict:
     "Measure and report; with --out the file grows with every training."
-    import json
     a = parser().parse_args(words)
     if a.tokens < 2 * a.batch: raise SystemExit(f"{a.tokens} tokens are less than two batches of {a.batch}: give more tokens, or a smaller --batch.")
     torch.set_num_threads(a.threads)
@@ -220,7 +218,7 @@ def main(words:list[str]|None=None) -> dict:
     sets: dict[str, dict] = {}
     def save(found):
         sets[found["data"]] = found
-        if a.out: a.out.parent.mkdir(parents=True, exist_ok=True); write_atomically(a.out, json.dumps({"benchmark": "end_to_end", "unfinished": True, "results": {"data": list(sets.values())}}, indent=1))
+        keep_unfinished("end_to_end", {"data": list(sets.values())}, a.out)
     for data in a.data: sets[data] = measure(data, a, save)
     a.cache = None                                                          # nobody else's folder
     return report("end_to_end", {"data": list(sets.values())}, a, PACKAGES)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.util
-import json
 import os
 import random
 import sys
@@ -31,8 +30,8 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parent.parent))                # where the package is not installed
 
 import torch
-from _common import argument_parser, report
-from _peers import PACKAGES, Contestant, Ours, Problem, Reference, SAELens, Shape, bag, ends, listed, missing, places, screens
+from _common import argument_parser
+from _peers import Contestant, Ours, Problem, Reference, SAELens, Shape, bag, ends, keep_unfinished, listed, missing, places, reported, screens
 
 SIZES = ["2304,16384,4096,70", "2304,65536,4096,70"]
 NAMES = {"floor_bf16": "one dense product, bf16", "floor_tf32": "one dense product, TF32", "floor_float32": "one dense product, float32",
@@ -60,13 +59,13 @@ class Autocast(Contestant):
     def more(self): return self.c.more()
 
 
-def kernels_room(device:str):
-    "The module with the Triton kernels, or why there is none to run."
-    if importlib.util.find_spec("jumprelu_nb.sae.kernels") is None: return None, "this version of the library has no kernels"
-    from jumprelu_nb.sae import kernels
-    if not kernels.available(): return None, "Triton is not installed, or has nothing to compile for"
-    if torch.device(device).type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1": return None, "on a CPU the kernels run with TRITON_INTERPRET=1 only"
-    return kernels, ""
+def kernels_rooms(device:str):
+    "The modules with the Triton kernels and with the step made of them, or why there are none to run."
+    if importlib.util.find_spec("jumprelu_nb.sae.kernelstep") is None: return None, None, "this version of the library has no kernels"
+    from jumprelu_nb.sae import kernels, kernelstep
+    if not kernels.available(): return None, None, "Triton is not installed, or has nothing to compile for"
+    if torch.device(device).type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1": return None, None, "on a CPU the kernels run with TRITON_INTERPRET=1 only"
+    return kernels, kernelstep, ""
 
 
 class Fused(Contestant):
@@ -74,7 +73,7 @@ class Fused(Contestant):
     def __init__(self, p:Problem, device:str, dtype:torch.dtype=torch.bfloat16, how:str="ieee", configs:dict|None=None, lr:float=1e-7):
         from jumprelu_nb.sae.gates import JumpReLUGate
         from jumprelu_nb.sae.model import SAE
-        self.room, why = kernels_room(device)
+        _, self.room, why = kernels_rooms(device)
         if self.room is None: raise RuntimeError(why)
         s = p.shape
         scale = torch.cat(p.x).square().sum(-1).mean().sqrt().item()
@@ -101,16 +100,12 @@ class Bench:
         self.args, self.device, self.cuda = args, args.device, torch.device(args.device).type == "cuda"
         self.end, self.results = time.monotonic() + args.seconds, {"sections": [], "failures": []}
         if self.cuda: self.results["gpu"] = {"name": torch.cuda.get_device_name(), "memory_gb": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1), "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count}
-        self.results |= {"screening_in_library": screens(), "kernels_in_library": importlib.util.find_spec("jumprelu_nb.sae.kernels") is not None, "cuda": torch.version.cuda}
+        self.results |= {"screening_in_library": screens(), "kernels_in_library": importlib.util.find_spec("jumprelu_nb.sae.kernelstep") is not None, "cuda": torch.version.cuda}
 
     def over(self) -> bool: return time.monotonic() > self.end
     def wait(self) -> None: torch.cuda.synchronize() if self.cuda else None
 
-    def save(self) -> None:
-        if not self.args.out: return
-        self.args.out.parent.mkdir(parents=True, exist_ok=True)
-        part = self.args.out.with_name(self.args.out.name + ".part")
-        part.write_text(json.dumps({"benchmark": "gpu", "unfinished": True, "results": self.results}, indent=1)); os.replace(part, self.args.out)
+    def save(self) -> None: keep_unfinished("gpu", self.results, self.args.out)
 
     def failed(self, what:str, e:BaseException) -> str:
         said = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:300]}"
@@ -169,7 +164,7 @@ def step(p:Problem, b:Bench, section:dict) -> None:
     for name in ["floor_bf16", *wanted]:
         if name.startswith("sl_") and "sae_lens" in missing(): continue
         if name == "ours_screened" and not screens(): rows[name] = {"skipped": "this version of the library has no screening"}; continue
-        if "kernels" in name and (why := kernels_room(b.device)[1]): rows[name] = {"skipped": why}; continue
+        if "kernels" in name and (why := kernels_rooms(b.device)[-1]): rows[name] = {"skipped": why}; continue
         if name == "sl_autocast_compiled" and not b.cuda and not b.args.compile: rows[name] = {"skipped": "no compilation on a CPU without --compile"}; continue
         if b.over(): rows[name] = {"skipped": "out of time"}; continue
         precision(name)
@@ -240,7 +235,7 @@ def pieces(p:Problem, b:Bench, section:dict) -> None:
 
 def kernels(p:Problem, b:Bench, section:dict) -> None:
     "Our kernels one by one, with each of the block sizes they come with; then whole steps with the best."
-    K, why = kernels_room(b.device)
+    K, S, why = kernels_rooms(b.device)
     rows = section["rows"]
     if K is None: rows["all"] = {"skipped": why}; return
     M, best = p.shape.d_sae, {}
@@ -270,12 +265,12 @@ def kernels(p:Problem, b:Bench, section:dict) -> None:
         g = e.to(dtype)
         tried("tokens", "decode", K.CONFIGS["tokens"], lambda c: K.sparse_decode(s.z, s.at, s.row_ptr, low["W_dec"], minus=x.float(), config=c))
         tried(None, "products at the list", K.CONFIGS["tokens"], lambda c: K.sampled_products(g, low["W_dec"], s.at, s.row_ptr, c))
-        tried(None, "lists by latent", [None], lambda c: K.latent_lists(s, M))
-        l = K.latent_lists(s, M)
+        tried(None, "lists by latent", [None], lambda c: S.latent_lists(s, M))
+        l = S.latent_lists(s, M)
         a = s.z.index_select(0, l.order)
-        tried(None, "sums by latent", [None], lambda c: K.latent_sums(torch.stack([a] * 5), l))
+        tried(None, "sums by latent", [None], lambda c: S.latent_sums(torch.stack([a] * 5), l))
         clock = f.moments.tick(torch.zeros((), dtype=torch.bool, device=b.device))
-        tried("latents", "gradient rows and Adam", K.CONFIGS["latents"], lambda c: K.latent_rows(x, g, a, a, torch.zeros(M, device=b.device), l, sae.W_enc.detach(), sae.W_dec.detach(), f.moments, clock, 1e-9, None, c))
+        tried("latents", "gradient rows and Adam", K.CONFIGS["latents"], lambda c: S.latent_rows(x, g, a, a, torch.zeros(M, device=b.device), l, sae.W_enc.detach(), sae.W_dec.detach(), f.moments, clock, 1e-9, None, c))
     for how in ((torch.bfloat16, "bfloat16", "ieee"), (torch.float32, "float32", "tf32x3")): one(*how); b.clean()
     section["best"] = {k: c for k, (_, c) in best.items()}
     for name, configs in (("whole step, as it comes", None), ("whole step, best block sizes", section["best"])):
@@ -305,7 +300,7 @@ def equality(p:Problem, b:Bench, section:dict) -> None:
             compare(name, codes.table(codes.f))
         except Exception as e: rows[name] = {"error": b.failed(f"equality of {name} at {p.shape}", e)}
         b.save()
-    K, why = kernels_room(b.device)
+    K, _, why = kernels_rooms(b.device)
     for dtype, how in ((torch.float32, "ieee"), (torch.float32, "tf32x3"), (torch.bfloat16, "ieee")):
         name = f"kernels, {str(dtype).removeprefix('torch.')}, {how}"
         if K is None: rows[name] = {"skipped": why}; continue
@@ -378,8 +373,7 @@ def main(words:list[str]|None=None) -> dict|None:
                 SECTIONS[name](problems[shape], b, section)
         except Exception as e: b.failed(f"{name} at {shape}", e)
         b.clean(); b.save(); show(section)
-    args.shape = [s.word for s in shapes]
-    return report("gpu", b.results, args, PACKAGES)
+    return reported("gpu", b.results, args, shapes)
 
 
 if __name__ == "__main__": main()

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from pathlib import Path
 
 import torch
-from _common import argument_parser, cores, report
-from _peers import ALLOCATOR, PACKAGES, TITLES, Contestant, Floor, Problem, Screen, Shape, allocator_set, bag, chosen, elsewhere, ends, hand_over, listed, places, race, rows_of, screens, show, speedups, stub_nnsight
+from _common import argument_parser
+from _peers import ALLOCATOR, TITLES, Contestant, Floor, Problem, Screen, Shape, allocator_set, bag, chosen, ends, listed, places, race, reported, rows_of, screens, show, speedups, stub_nnsight, tables_of
 
 NAMES = {"ours": "ours: sae(x)", "ours_encode": "ours: sae.encode(x), a table", "ours_list": "ours: list, float32", "ours_list_encode": "ours: list, float32, encode", "ours_screened": "ours: list, screened", "ours_screened_encode": "ours: list, screened, encode",
          "ref_dense": "plain torch, dense, in place", "ref_list": "plain torch, list", "ref_screened": "plain torch, screened list",
@@ -153,16 +152,8 @@ def parser():
 def main(words:list[str]|None=None) -> dict|None:
     "Measure and report."
     args = parser().parse_args(words)
-    if max(args.threads) > cores(): print(f"{max(args.threads)} threads on {cores()} cores measure waiting.", file=sys.stderr)
-    settings = {"off": [False], "on": [True], "both": [False, True]}[args.malloc]
-    if args.json_to: return hand_over(args.json_to, measure(args.shape[0], args))
-    chosen(args.only, list(NAMES), list(NAMES))                            # complains now, not in every process
-    if len(args.shape) == len(settings) == len(args.threads) == 1 and settings[0] == allocator_set(): tables = [measure(args.shape[0], args)]
-    else:
-        same = [*(["--only", args.only] if args.only else []), "--rounds", str(args.rounds), "--warm", str(args.warm)]
-        tables = [elsewhere(__file__, ["--shape", s.word, "--threads", str(t), *same], t, keep) | {"shape": s.word, "threads": t, "allocator_setting": keep} for s in args.shape for t in args.threads for keep in settings]
-    args.shape = [s.word for s in args.shape]
-    return report("inference", {"tables": tables}, args, PACKAGES)
+    tables = tables_of(__file__, measure, args, args.shape, list(NAMES), list(NAMES))
+    return None if tables is None else reported("inference", {"tables": tables}, args, args.shape)
 
 
 if __name__ == "__main__": main()

@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 
 import torch
-from _common import argument_parser, report
-from _peers import FURTHER, PACKAGES, TITLES, TRAINING, Contestant, Problem, Shape, allocator_set, build, chosen, elsewhere, hand_over, listed, title
+from _common import argument_parser
+from _peers import FURTHER, TITLES, TRAINING, Contestant, Problem, Shape, allocator_set, build, chosen, elsewhere, hand_over, listed, reported, title
 
 
 def status(field:str) -> int:
@@ -107,8 +107,7 @@ def main(words:list[str]|None=None) -> dict|None:
             r = elsewhere(__file__, ["--shape", s.word, "--only", name, "--steps", str(args.steps)]) | {"shape": s.word, "name": name}
             rows.append(r)
             print(f"{title(name):46} dropped out: {r['error']}" if "error" in r else f"{title(name):46} {r['tables_beyond']:8.2f} {r['net_mb']:8.0f} {r['parameters_mb']:10.0f} {r['l0']:6}" + (f"  ({r['note']})" if r.get("note") else ""), file=sys.stderr)
-    args.shape = [s.word for s in args.shape]
-    return report("memory", {"rows": rows}, args, PACKAGES)
+    return reported("memory", {"rows": rows}, args, args.shape)
 
 
 if __name__ == "__main__": main()

@@ -20,12 +20,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import torch
-from _common import argument_parser, cores, report
-from _peers import FURTHER, PACKAGES, TITLES, TRAINING, Problem, Shape, allocator_set, build, chosen, elsewhere, hand_over, listed, race, rows_of, screens, show, speedups
+from _common import argument_parser
+from _peers import FURTHER, TITLES, TRAINING, Problem, Shape, allocator_set, build, chosen, listed, race, reported, rows_of, screens, show, speedups, tables_of
 
 SHAPES = ["512,8192,1024", "256,8192,1024", "512,16384,1024", "1024,8192,1024"]
 WIDTHS = [4096, 8192, 16384, 32768, 65536, 131072]
@@ -91,18 +90,11 @@ def parser():
 def main(words:list[str]|None=None) -> dict|None:
     "Measure and report."
     args = parser().parse_args(words)
-    if max(args.threads) > cores(): print(f"{max(args.threads)} threads on {cores()} cores measure waiting.", file=sys.stderr)
     shapes = [Shape(256, m, 512) for m in WIDTHS] if args.widths and not args.shape else args.shape or [Shape.read(t) for t in (SHAPES if args.all else SHAPES[:1])]
-    settings = {"off": [False], "on": [True], "both": [False, True]}[args.malloc]
-    if args.json_to: return hand_over(args.json_to, measure(shapes[0], args))
-    chosen(args.only, GROWING if args.widths else TRAINING)                # complains now, not in every process
-    if len(shapes) == len(settings) == len(args.threads) == 1 and settings[0] == allocator_set(): tables = [measure(shapes[0], args)]
-    else:
-        same = [*(["--only", args.only] if args.only else []), *(["--widths"] if args.widths else []), "--rounds", str(args.rounds), "--warm", str(args.warm), "--dead", str(args.dead)]
-        tables = [elsewhere(__file__, ["--shape", s.word, "--threads", str(t), *same], t, keep) | {"shape": s.word, "threads": t, "allocator_setting": keep, "dead": args.dead} for s in shapes for t in args.threads for keep in settings]
+    tables = tables_of(__file__, measure, args, shapes, GROWING if args.widths else TRAINING, further=("--dead", str(args.dead), *(["--widths"] if args.widths else [])), dead=args.dead)
+    if tables is None: return None
     results = {"tables": tables, "peers_at_their_best": best_of_both(tables)} | ({"growth": growth(tables)} if args.widths else {})
-    args.shape, args.json_to = [s.word for s in shapes], None
-    return report("step", results, args, PACKAGES)
+    return reported("step", results, args, shapes)
 
 
 if __name__ == "__main__": main()

@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 
 if not torch.cuda.is_available(): os.environ["TRITON_INTERPRET"] = "1"   # before the kernels are defined
 
-from jumprelu_nb.sae import kernels as K
+from jumprelu_nb.sae import kernels as K, kernelstep as S
 from jumprelu_nb.sae.gates import JumpReLUGate
 from jumprelu_nb.sae.model import SAE
 from jumprelu_nb.sae.objectives import l0_penalty, reconstruction_loss
@@ -146,13 +146,13 @@ def test_decode_and_products(shape, share, low, config, seed):
 def test_latent_by_latent(shape, share, low, config, seed):
     (B, d, M), dtype = shape, torch.bfloat16 if low else torch.float32
     s, hit, n = sparse(B, M, share, seed)
-    l = K.latent_lists(s, M)
+    l = S.latent_lists(s, M)
     assert l.ptr.diff().tolist() == hit.sum(0).tolist() and l.rows[:n].tolist() == hit.T.nonzero()[:, 1].tolist()
     assert sorted(l.turn.tolist()) == list(range(M)) and (l.ptr.diff()[l.turn.long()].diff() <= 0).all()
     v = normal(3, len(s.at), seed=4)
-    same(K.latent_sums(v.index_select(1, l.order), l), torch.stack([table(x, hit).sum(0) for x in v]))
+    same(S.latent_sums(v.index_select(1, l.order), l), torch.stack([table(x, hit).sum(0) for x in v]))
     u, g = normal(B, d, seed=5).to(dtype), normal(B, d, seed=6).to(dtype)
-    enc, dec = K.latent_gradients(u, g, *v[:2].index_select(1, l.order), l, config)
+    enc, dec = S.latent_gradients(u, g, *v[:2].index_select(1, l.order), l, config)
     same(enc, u.double().T @ table(v[1], hit)); same(dec, table(v[0], hit).T @ g.double())
 
 
@@ -196,12 +196,12 @@ def test_step_is_autograd_and_adam(case):
     betas, configs = how.get("betas", (0., .999)), how.get("configs")
     sae = make(d, M, case, how.get("by_latent", True), **kw)
     twin = copy.deepcopy(sae)
-    moments, opt = K.Moments(sae, betas, 1e-3), optimizer(twin, .01, .02, betas, 1e-3)
+    moments, opt = S.Moments(sae, betas, 1e-3), optimizer(twin, .01, .02, betas, 1e-3)
     for t in range(2):
         u = normal(B, d, seed=10 + t) / d**.5
         u[::4] = 0                                                             # tokens without a single entry, unless biases make one
         target = normal(B, d, seed=20 + t) / d**.5 if case % 3 == 2 else None
-        report = K.fused_step(sae, moments, u, .05, .01, .02, B * M, target=target, configs=configs)
+        report = S.fused_step(sae, moments, u, .05, .01, .02, B * M, target=target, configs=configs)
         error, codes = dense_step(twin, opt, u, .05, target)
         same(report.error, error); same(report.l0, codes.l0)
         assert ((report.fires > 0) == codes.fired).all() and not report.overflow
@@ -215,7 +215,7 @@ def test_gradients_are_autograds():
     B, d, M, kw = 25, 12, 30, dict(pre_encoder_bias=True, decoder_norm="free")
     sae = make(d, M, 4, **kw); twin = copy.deepcopy(sae)
     u, eps = normal(B, d, seed=1) / d**.5, 1e6
-    report = K.fused_step(sae, K.Moments(sae, (0., .999), eps), u, .3, eps, eps, B * M)
+    report = S.fused_step(sae, S.Moments(sae, (0., .999), eps), u, .3, eps, eps, B * M)
     codes = codes_of(twin, u, "table")
     (reconstruction_loss(u, codes.u_hat) + .3 * l0_penalty(codes)).backward()
     for (name, p), q in zip(sae.named_parameters(), twin.parameters()):
@@ -228,10 +228,10 @@ def test_gradients_are_autograds():
 def test_with_adams_usual_epsilon():
     "With ε = 1e-8 a gradient of 0 up to rounding moves a weight by lr, either way; the training is the same all the same"
     sae = make(8, 16, 6, threshold=.2, pre_encoder_bias=True); twin = copy.deepcopy(sae)
-    moments, opt = K.Moments(sae), optimizer(twin, 2e-3, 5e-3, (0., .999), 1e-8)
+    moments, opt = S.Moments(sae), optimizer(twin, 2e-3, 5e-3, (0., .999), 1e-8)
     for t in range(6):
         u = normal(20, 8, seed=t) / 8**.5
-        same(K.fused_step(sae, moments, u, .03, 2e-3, 5e-3, 320).error, dense_step(twin, opt, u, .03)[0], 1e-4)
+        same(S.fused_step(sae, moments, u, .03, 2e-3, 5e-3, 320).error, dense_step(twin, opt, u, .03)[0], 1e-4)
     for p, q in zip(sae.parameters(), twin.parameters()): assert ((p - q).abs() < 1e-5).float().mean() > .99
 
 
@@ -239,7 +239,7 @@ def test_with_adams_usual_epsilon():
 def test_all_latents_fire():
     sae = make(6, 40, 1, threshold=0.); sae.b_enc.data.fill_(5.)
     twin, u = copy.deepcopy(sae), normal(9, 6) / 3
-    report = K.fused_step(sae, K.Moments(sae, eps=1e-3), u, .1, .01, .01, 9 * 40)
+    report = S.fused_step(sae, S.Moments(sae, eps=1e-3), u, .1, .01, .01, 9 * 40)
     dense_step(twin, optimizer(twin, .01, .01, (0., .999), 1e-3), u, .1)
     assert report.l0 == 40 and int(report.count) == 360
     for p, q in zip(sae.parameters(), twin.parameters()): same(p, q)
@@ -250,7 +250,7 @@ def test_all_latents_fire():
 def test_latents_that_never_fire(betas):
     sae = make(8, 30, 2); sae.gate.param.data[::2] = 50.
     was = copy.deepcopy(sae)
-    K.fused_step(sae, K.Moments(sae, betas), normal(20, 8) / 3, .1, .01, .01, 600)
+    S.fused_step(sae, S.Moments(sae, betas), normal(20, 8) / 3, .1, .01, .01, 600)
     assert torch.equal(sae.W_enc[:, ::2], was.W_enc[:, ::2]) and torch.equal(sae.gate.param[::2], was.gate.param[::2]) and torch.equal(sae.b_enc[::2], was.b_enc[::2])
     same(sae.W_dec[::2], was.W_dec[::2], 3e-7)
 
@@ -262,17 +262,17 @@ def test_an_overflowing_step_leaves_no_trace(dtype):
     runs = []
     for disturbed in (False, True):
         sae = make(8, 16, 3, parametrisation="log", pre_encoder_bias=True)
-        moments = K.Moments(sae, (.9, .99), dtype=dtype)
+        moments = S.Moments(sae, (.9, .99), dtype=dtype)
         for t in range(3):
             u = normal(12, 8, seed=t) / 3
             if disturbed:
                 state = copy.deepcopy((dict(sae.named_parameters()), moments.first, moments.second, moments.low, moments.step))
-                report = K.fused_step(sae, moments, u, .1, .01, .01, 3)
+                report = S.fused_step(sae, moments, u, .1, .01, .01, 3)
                 assert report.overflow and report.error.isnan() and int(report.count) > 3
                 for was, now in zip(state, (dict(sae.named_parameters()), moments.first, moments.second, moments.low)):
                     for k in was: assert torch.equal(was[k], now[k]), k
                 assert int(moments.step) == t
-            assert not K.fused_step(sae, moments, u, .1, .01, .01, 200).overflow
+            assert not S.fused_step(sae, moments, u, .1, .01, .01, 200).overflow
         runs.append(sae)
     for p, q in zip(*(r.parameters() for r in runs)): assert torch.equal(p, q)
 
@@ -283,7 +283,7 @@ def test_an_overflowing_step_leaves_no_trace(dtype):
 def test_nan_is_the_references_nan(bad, pre):
     sae = make(5, 12, 1, pre_encoder_bias=pre); twin = copy.deepcopy(sae)
     u = normal(8, 5) / 2; u[3, 1] = bad
-    report = K.fused_step(sae, K.Moments(sae, eps=1e-3), u, .1, .01, .01, 8 * 12)
+    report = S.fused_step(sae, S.Moments(sae, eps=1e-3), u, .1, .01, .01, 8 * 12)
     dense_step(twin, optimizer(twin, .01, .01, (0., .999), 1e-3), u, .1)
     assert not report.error.isfinite()
     for (name, p), q in zip(sae.named_parameters(), twin.parameters()):   # beside an infinite input, latents off the list escape the dense step's 0·∞
@@ -303,8 +303,8 @@ def test_bfloat16_rounds_where_it_says():
     B, d, M, half = 25, 12, 30, torch.bfloat16
     sae = make(d, M, 4, decoder_norm="free", pre_encoder_bias=True); twin = copy.deepcopy(sae)
     u, eps = normal(B, d, seed=1) / d**.5, 1e6
-    moments = K.Moments(sae, (0., .999), eps, dtype=half)
-    K.fused_step(sae, moments, u, .3, eps, eps, B * M)
+    moments = S.Moments(sae, (0., .999), eps, dtype=half)
+    S.fused_step(sae, moments, u, .3, eps, eps, B * M)
     with torch.no_grad():
         r = lambda t: t.to(half).float()
         x, theta, width = r(u - twin.b_dec), twin.gate.threshold, twin.gate.bandwidth
@@ -323,8 +323,8 @@ def test_bfloat16_rounds_where_it_says():
 @pytest.mark.parametrize("block", [8, 16])
 def test_bfloat16_copies_follow_the_norm(block):
     sae = make(12, 20, 4)
-    moments = K.Moments(sae, dtype=torch.bfloat16)
-    K.fused_step(sae, moments, normal(30, 12) / 3, .05, .05, .01, 600, configs=dict(latents=dict(CHUNK=4, BLOCK=block)))
+    moments = S.Moments(sae, dtype=torch.bfloat16)
+    S.fused_step(sae, moments, normal(30, 12) / 3, .05, .05, .01, 600, configs=dict(latents=dict(CHUNK=4, BLOCK=block)))
     same(sae.W_dec.norm(dim=-1), torch.ones(20, device=device), 1e-6)
     are_copies(moments.low, sae)
 
@@ -334,8 +334,8 @@ def test_the_same_twice():
     "No sum depends on the order in which programs finish"
     runs = []
     for _ in range(2):
-        sae = make(9, 20, 5); moments = K.Moments(sae)
-        for t in range(2): K.fused_step(sae, moments, normal(16, 9, seed=t) / 3, torch.tensor(.1, device=device), .01, .01, 320)
+        sae = make(9, 20, 5); moments = S.Moments(sae)
+        for t in range(2): S.fused_step(sae, moments, normal(16, 9, seed=t) / 3, torch.tensor(.1, device=device), .01, .01, 320)
         runs.append(sae)
     for p, q in zip(*(r.parameters() for r in runs)): assert torch.equal(p, q)
 
@@ -354,19 +354,19 @@ def test_errors():
         (lambda: K.sampled_products(u, W.T, v.int(), v[:3].int()), ValueError, "row_ptr has shape (3,), but should have (5,)")):
         with pytest.raises(error, match=re.escape(said)): call()
     sae = make(4, 6)
-    moments = K.Moments(sae)
+    moments = S.Moments(sae)
     sae.W_enc.data = sae.W_enc.data.contiguous()
-    with pytest.raises(ValueError, match="lie as it did when `Moments` was made"): K.fused_step(sae, moments, torch.zeros(2, 4, device=device), .1, .01, .01, 12)
+    with pytest.raises(ValueError, match="lie as it did when `Moments` was made"): S.fused_step(sae, moments, torch.zeros(2, 4, device=device), .1, .01, .01, 12)
 
 
 def test_refused_without_triton_too():
-    with pytest.raises(ValueError, match="not torch.float16"): K.Moments(make(4, 6), dtype=torch.float16)
+    with pytest.raises(ValueError, match="not torch.float16"): S.Moments(make(4, 6), dtype=torch.float16)
     free = make(4, 6, decoder_norm="free"); free.W_dec.data *= 3
-    K.Moments(free)
+    S.Moments(free)
     free.decoder_norm = "unit"
-    with pytest.raises(ValueError, match="have norms from 3 to 3"): K.Moments(free)
+    with pytest.raises(ValueError, match="have norms from 3 to 3"): S.Moments(free)
     for sae in (SAE(4, 6, "relu").init_(), make(4, 6, kernel="gaussian"), make(4, 6, ste_to_input=True)):
-        with pytest.raises(ValueError, match="train others with `update_`"): K.fused_step(sae, K.Moments(sae), torch.zeros(2, 4, device=device), .1, .01, .01, 12)
+        with pytest.raises(ValueError, match="train others with `update_`"): S.fused_step(sae, S.Moments(sae), torch.zeros(2, 4, device=device), .1, .01, .01, 12)
 
 
 def test_bytes():
@@ -381,7 +381,7 @@ def test_bytes():
 
 def test_nobody_depends_on_it():
     for f in (root / "jumprelu_nb").rglob("*.py"):
-        if f.name != "_modidx.py" and f.parts[-2:] != ("sae", "kernels.py"): assert not re.search(r"^\s*(import|from)\s+\S*(triton|kernels)\b", f.read_text(encoding="utf-8"), re.M), f
+        if f.name != "_modidx.py" and f.parts[-2:] not in {("sae", "kernels.py"), ("sae", "kernelstep.py")}: assert not re.search(r"^\s*(import|from)\b.*\b(triton|kernels|kernelstep)\b", f.read_text(encoding="utf-8"), re.M), f
 
 
 def python(code, **env):
@@ -392,30 +392,34 @@ def python(code, **env):
 
 call = """
 import json, torch
-from jumprelu_nb.sae import kernels as K
-try: K.encode_compact(torch.zeros(2, 3), torch.zeros(3, 4), torch.zeros(4), torch.zeros(4), 9)
-except Exception as e: print(json.dumps([K.available(), type(e).__name__, str(e)]))
+from jumprelu_nb.sae import kernels as K, kernelstep as S
+u, v, said = torch.zeros(2, 3), torch.zeros(9), [K.available()]
+lists = S.Lists(v.long(), v.int(), torch.zeros(5).int(), torch.arange(4).int())
+for run in (lambda: K.encode_compact(u, torch.zeros(3, 4), v[:4], v[:4], 9), lambda: S.latent_gradients(u, u, v, v, lists)):
+    try: run()
+    except Exception as e: said += [type(e).__name__, str(e)]
+print(json.dumps(said))
 """
 
 
 def test_without_triton(tmp_path):
     (tmp_path / "triton.py").write_text("raise ImportError('no triton')")
-    ok, error, said = python(call, PYTHONPATH=str(tmp_path))
-    assert not ok and error == "ImportError" and "pip install 'jumprelu_nb[gpu]'" in said
+    ok, error, said, *step = python(call, PYTHONPATH=str(tmp_path))
+    assert step == [error, said] and not ok and error == "ImportError" and "pip install 'jumprelu_nb[gpu]'" in said
 
 
 @needs
 @pytest.mark.skipif(device != "cpu", reason="there is a GPU")
 def test_on_a_cpu_without_the_interpreter():
-    ok, error, said = python(call)
-    assert not ok and error == "RuntimeError" and "set TRITON_INTERPRET=1 before this module is imported" in said
+    ok, error, said, *step = python(call)
+    assert step == [error, said] and not ok and error == "RuntimeError" and "set TRITON_INTERPRET=1 before this module is imported" in said
 
 
 @needs
 @pytest.mark.skipif(K.triton is not None and [*map(int, K.triton.__version__.split(".")[:2])] < [3, 6], reason="older compilers take more registers")
 def test_compiles_for_compute_capability_9():
     "The page's own script: every default builds for an H100 without a GPU at hand, without spilling registers"
-    nb = json.loads((root / "nbs/sae/05_kernels.ipynb").read_text(encoding="utf-8"))
+    nb = json.loads((root / "nbs/sae/05b_kernelstep.ipynb").read_text(encoding="utf-8"))
     script, = re.findall(r"^script = '''\n(.*?)^'''", "\n".join("".join(c["source"]) for c in nb["cells"]), re.S | re.M)
     built = python(script.replace("\\\\", "\\"))
     assert built.keys() == {"encode", "decode", "products", "rows", "unit"}
