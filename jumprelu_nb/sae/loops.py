@@ -142,7 +142,7 @@ def _merge(lo, hi, cuts, room, at, value, stops, ends, out, values):
                     out[n] = at[i]; values[n] = value[i]; n += 1; i += 1
                 before = stops[c, cuts[piece + 1] - 1]
 
-
+# %% ../../nbs/sae/02a_loops.ipynb #3d9a58a0
 class Stripes:
     "A list in the making, of a table that is made stripe by stripe."
     def __init__(self,
@@ -193,6 +193,9 @@ def room_for(
     return _local.room[:rows * columns].view(rows, columns)
 
 
+def _limits(M, low, bias): return low.detach().expand(M).contiguous().numpy(), np.zeros(M, np.float32) if bias is None else bias.detach().contiguous().numpy()
+
+# %% ../../nbs/sae/02a_loops.ipynb #66104858
 def product(
     x:Tensor, # (batch, d) float32
     W:Tensor, # (d_sae, d) a latent's weights in a row
@@ -220,9 +223,6 @@ def compact(
     s.firsts, s.stops = [0], s.stops[:1]                                                             # one stripe: its rows are whole
     low, bias = _limits(M, low, bias)
     return s.listed() if s.look("_above", 0, z.detach().numpy(), bias, low) else None
-
-
-def _limits(M, low, bias): return low.detach().expand(M).contiguous().numpy(), np.zeros(M, np.float32) if bias is None else bias.detach().contiguous().numpy()
 
 # %% ../../nbs/sae/02a_loops.ipynb #0242932d
 @loop
