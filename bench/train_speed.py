@@ -9,7 +9,6 @@ library:    what runs where it is.
 The runs take turns. Training seconds are those of the log, harvesting included; the command includes start, imports, evaluation and statistics."""
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from statistics import median
