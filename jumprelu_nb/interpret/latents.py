@@ -5,103 +5,88 @@
 # %% ../../nbs/interpret/01_latents.ipynb #7ff89fd0
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass
-from html import escape
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 import torch
 from torch import Tensor
 from ..data.activations import keep_mask
-from ..data.lm import LanguageModel, Site, find_blocks
-from ..data.text import pack, text_kind, texts
-from .streams import Best, bin_middle, bin_of, n_bins, random_keys, window_marks, windows_at
-from ..sae.model import SAE, write_atomically
+from ..data.lm import LanguageModel, Site
+from ..data.store import fingerprint
+from ..data.text import check_context_size, stream_contexts, text_kind, texts
+from .contexts import Context, Latent, Stratum, token_strings, visible  # noqa: F401  (`visible` is looked for here, too)
+from .relations import co_activation, decoder_neighbours, final_gain, logit_effects  # noqa: F401
+from .store import describe, model_fingerprint, read_tensors, sae_fingerprint, write_tensors
+from .streams import Best, TokenSample, bin_middle, bin_of, n_bins, random_keys, scramble, window_marks, windows_at
+from ..sae.model import SAE
+from ..sae.sparse import Active, encode_sparse
 
 # %% auto #0
-__all__ = ['visible', 'token_strings', 'Context', 'Latent', 'LatentStats', 'final_gain', 'logit_effects', 'collect', 'save_stats',
-           'load_stats', 'selectivity', 'interesting']
+__all__ = ['n_cells', 'n_pre', 'pre_range', 'per_unit', 'ruler_cell', 'joined', 'threshold_unit', 'listed', 'LatentStats',
+           'strongest', 'latent_at', 'token_index', 'latents_of', 'relate', 'whose', 'check', 'save_stats',
+           'load_stats', 'batches_of', 'collect', 'take', 'used_tokens', 'resumed', 'selectivity', 'interesting']
 
 # %% ../../nbs/interpret/01_latents.ipynb #a1338047
-def visible(
-    token:str, # any text
-) -> str: # ↵ for a line end, ⇥ for a tab, \\uXXXX for what cannot be printed; spaces stay
-    "Make every character of a token visible."
-    named = {"\n": "↵", "\t": "⇥"}
-    return "".join(named.get(c) or (c if c.isprintable() else f"\\u{ord(c):04X}") for c in token)
+n_cells = 8 # of the ruler
+n_pre, pre_range = 64, (-2., 2.) # bins of (z − θ)/unit
+per_unit = n_pre / (pre_range[1] - pre_range[0])
 
 
-def token_strings(
-    lm:LanguageModel, # its tokenizer
-    ids:Iterable[int], # token ids
-) -> dict[int, str]: # id → its text, with its leading space
-    "Decode tokens one by one."
-    tok, out = lm.tokenizer, {}
-    for i in ids:
-        text, piece = tok.decode([i], clean_up_tokenization_spaces=False), tok.convert_ids_to_tokens(int(i)) if i < len(tok) else None
-        out[int(i)] = " " + text if isinstance(piece, str) and piece.startswith("▁") and not text.startswith(" ") else text
-    return out
+def ruler_cell(
+    a:Tensor, # (n,) magnitudes
+    exponent:Tensor, # (n,) of the ruler's end s = 2^e > a
+) -> Tensor: # (n,) 0 … n_cells−1
+    "Find the cell of each activation on a ruler from 0 to 2^e."
+    return torch.ldexp(a, 3 - exponent).floor().long().clamp(0, n_cells - 1)
+
+
+def joined(
+    old:Tensor, # (m,) exponents of rulers
+    new:Tensor, # (m,) exponents at least as large
+) -> Tensor: # (m, n_cells) where each cell goes when the ruler gets longer
+    "Map the cells of short rulers to those of longer ones."
+    return torch.arange(n_cells, device=old.device) >> (new - old).clamp(0, 3).long()[:, None]
+
+
+def threshold_unit(
+    threshold:Tensor|None, # (d_sae,) θ
+) -> Tensor|None: # (d_sae,) what pre-activations around θ are measured in: θ, or the median where it is 0; None where all are
+    "Choose the unit of the histogram around the threshold."
+    if threshold is None or not (threshold > 0).any(): return None
+    return threshold.where(threshold > 0, threshold[threshold > 0].median())
+
+# %% ../../nbs/interpret/01_latents.ipynb #f7f911b5
+def listed(
+    acts:Tensor|Active, # (contexts, positions, d_sae), or the list of what fires on contexts·positions tokens
+    keep:Tensor, # (contexts·positions,) bool
+    shape:tuple[int, int, int], # contexts, positions, d_sae
+) -> tuple[Tensor, Tensor, Tensor]: # (n,) position in the batch, latent, activation of everything that fires and counts
+    "Make a list of a table, leave out what does not count, and refuse what is not a number."
+    B, T, M = shape
+    given = tuple(acts.shape)
+    if given != ((B * T, M) if isinstance(acts, Active) else shape): raise ValueError(f"Activations of shape {given} for tokens of shape {(B, T)} and {M} latents: expected {shape}.")
+    if isinstance(acts, Active): p, f, a = (t.to(keep.device) for t in acts[:3])
+    else:
+        table = acts.flatten(0, 1).to(keep.device)
+        p, f = table.nonzero(as_tuple=True)
+        a = table[p, f]
+    if not bool(keep.all()): good = keep[p]; p, f, a = p[good], f[good], a[good]
+    if not bool(a.isfinite().all()):
+        i = int((~a.isfinite()).nonzero()[0])
+        raise ValueError(f"The activation of latent {int(f[i])} at context {int(p[i]) // T}, position {int(p[i]) % T} is {float(a[i])}: no statistics can be made of that, look for its cause in the model or the SAE.")
+    return p, f, a
 
 # %% ../../nbs/interpret/01_latents.ipynb #87d89d98
-@dataclass
-class Context:
-    "A place where a latent fires."
-    value: float # activation at the centre
-    position: int # of the centre, counted over the corpus
-    at: int # index of the centre in `tokens`
-    ids: list[int] # token ids of the window
-    tokens: list[str] # their text
-    acts: list[float] # activations over the window, rounded
-
-    def __str__(self) -> str:
-        return "".join(f"«{visible(t)}»" if i == self.at else visible(t) for i, t in enumerate(self.tokens))
-
-    def html(self, top:float) -> str:
-        "One line; the shade of a token is its activation as a share of `top`."
-        def span(i, t, a):
-            style = f"background:rgba(230,159,0,{min(1, max(0, a) / top):.2f});" if a > 0 and top > 0 else ""
-            return f'<span style="{style}{"text-decoration:underline" if i == self.at else ""}" title="{a:.3g}">{escape(visible(t))}</span>'
-        return (f'<div dir="ltr" style="white-space:pre;overflow:hidden"><span style="opacity:.6">{self.value:8.3g}  </span>'
-                + "".join(span(i, t, a) for i, (t, a) in enumerate(zip(self.tokens, self.acts))) + "</div>")
-
-# %% ../../nbs/interpret/01_latents.ipynb #953d3ec8
-@dataclass(repr=False)
-class Latent:
-    "What is known about one latent; prints, and shows itself in a notebook."
-    index: int # which one
-    frequency: float # share of tokens on which it fires
-    mean: float # over its activations
-    std: float # likewise
-    max: float # largest activation seen
-    histogram: Tensor # (n_bins,) counts of activations per logarithmic bin
-    top: list[Context] # strongest first
-    sample: list[Context] # at random
-    promoted: list[str] # tokens whose logit its direction raises most, directly
-    suppressed: list[str] # lowers most
-
-    def _head(self) -> str:
-        if not self.top: return f"latent {self.index} never fires"
-        return f"latent {self.index} · fires on {self.frequency:.2%} of tokens · mean {self.mean:.3g} · max {self.max:.3g}"
-
-    def show(self,
-        n:int=8, # contexts
-    ) -> str:
-        "A few lines of text for the terminal."
-        effects = [f"  {sign} " + " ".join(f"[{visible(t)}]" for t in side) for sign, side in (("↑", self.promoted), ("↓", self.suppressed)) if side]
-        return "\n".join([self._head(), *effects, *[f"{c.value:8.3g}  {c}" for c in self.top[:n]]])
-
-    def __repr__(self) -> str: return self.show()
-
-    def _repr_html_(self, n:int=10) -> str:
-        effects = "".join(f"<div>{sign} " + " ".join(f'<code style="white-space:pre;background:rgba(128,128,128,.15)">{escape(visible(t))}</code>' for t in side) + "</div>"
-                          for sign, side in (("↑", self.promoted), ("↓", self.suppressed)) if side)
-        return (f'<div style="font-family:monospace;font-size:12px"><b>{escape(self._head())}</b>{effects}' + "".join(c.html(self.max) for c in self.top[:n])
-                + (f'<div style="opacity:.6">at random</div>{"".join(c.html(self.max) for c in self.sample[:n // 2])}' if self.sample else "") + "</div>")
-
-# %% ../../nbs/interpret/01_latents.ipynb #1e0a0700
 class LatentStats:
     "One-pass statistics of all latents of an SAE; the size does not depend on the number of tokens, and two of them can be merged."
+    sums = ("count", "sum", "sum_sq", "hist", "pre", "strata_count") # add up
+    stores = ("top", "spare", "sample", "strata") # of contexts
+    found = ("effects", "effect_values", "neighbours", "neighbour_cosine", "partners", "partner_score") # by `relate`
+
     def __init__(self,
         d_sae:int, # number of latents
         top_k:int=20, # strongest contexts kept per latent
@@ -109,43 +94,90 @@ class LatentStats:
         window:tuple[int, int]=(10, 5), # tokens before and after the one where it fires
         seed:int=0, # of the random contexts
         device:torch.device|str="cpu", # where the statistics live
+        threshold:Tensor|None=None, # (d_sae,) θ in the units of the activations, if there is one
+        strata:int=3, # random contexts kept per interval of activations
+        room:int|None=None, # entries of the sample of whole tokens, for partners; default: 128 per latent, at least a million
     ):
-        if top_k < 1 or sample < 0 or min(window) < 0: raise ValueError(f"top_k={top_k}, sample={sample}, window={window}: at least one context, and no negative number.")
+        if top_k < 1 or sample < 0 or strata < 0 or min(window) < 0: raise ValueError(f"top_k={top_k}, sample={sample}, strata={strata}, window={window}: at least one context, and no negative number.")
         self.d_sae, self.window, self.seed, self.device = d_sae, tuple(window), seed, torch.device(device)
-        self.tokens = self.contexts = 0 # positions that counted; contexts seen
-        self.count = torch.zeros(d_sae, dtype=torch.long, device=device)
-        self.sum, self.sum_sq = torch.zeros(2, d_sae, dtype=torch.float64, device=device)
-        self.hist = torch.zeros(d_sae, n_bins, dtype=torch.long, device=device)
-        self.top, self.sample = (Best(d_sae, k, sum(window) + 1, device) for k in (top_k, sample))
+        self.tokens = self.contexts = self.pre_tokens = 0 # positions that counted; contexts seen; positions whose pre-activations were counted
+        self.salt = 0 # tells documents of one corpus from those of another
+        self.threshold = None if threshold is None else threshold.detach().float().to(device).clone()
+        self.pre_unit = threshold_unit(self.threshold) # (d_sae,) in activation space
+        self.count, self.sum, self.sum_sq, self.peak = (torch.zeros(d_sae, dtype=t, device=device) for t in (torch.long, torch.float64, torch.float64, torch.float32))
+        self.hist, self.pre, self.strata_count = (torch.zeros(d_sae, n, dtype=torch.long, device=device) for n in (n_bins, 0 if self.pre_unit is None else n_pre, n_cells))
+        self.exponent = torch.full((d_sae,), -200, dtype=torch.int32, device=device) # of each latent's ruler
+        k = dict(top=top_k, spare=(top_k + 1) // 2, sample=sample, strata=strata)
+        self.top, self.spare, self.sample, self.strata = (Best(d_sae * (n_cells if s == "strata" else 1), k[s], sum(window) + 1, device) for s in self.stores)
+        self.lists = TokenSample(max(2**20, 128 * d_sae) if room is None else room, device)
         self.strings: dict[int, str] = {} # token id → text
-        self.effects: Tensor|None = None # (d_sae, 2, k) int32 ids: most promoted, most suppressed tokens
+        self.effects = self.effect_values = self.neighbours = self.neighbour_cosine = self.partners = self.partner_score = None
         self.about: dict[str, Any] = {} # model, site, text, …
+
+    def _sums(self, f:Tensor, a:Tensor) -> Tensor: # add up everything that is a sum → (n,) stratum of each entry
+        def add(to, at, what): to.view(-1).scatter_add_(0, at, what)
+        one, size, wide = torch.ones_like(f), a.abs().float(), a.double()
+        add(self.count, f, one); add(self.sum, f, wide); add(self.sum_sq, f, wide * wide)
+        add(self.hist, f * n_bins + bin_of(size), one)
+        if self.pre_unit is not None:
+            b = n_pre // 2 + ((a.float() - self.threshold[f]) / self.pre_unit[f] * per_unit).floor().clamp(0, n_pre).long()
+            add(self.pre, (f * n_pre + b)[b < n_pre], one[b < n_pre])
+        self.peak.scatter_reduce_(0, f, size, "amax")
+        self._lengthen(torch.frexp(self.peak).exponent.where(self.peak > 0, self.exponent))
+        group = f * n_cells + ruler_cell(size, self.exponent[f])
+        add(self.strata_count, group, one)
+        return group
+
+    def _lengthen(self, exponent:Tensor) -> None: # of each latent's ruler
+        rows = (exponent > self.exponent).nonzero().squeeze(1)
+        to = joined(self.exponent[rows], exponent[rows])
+        self.exponent[rows] = exponent[rows]
+        counts = self.strata_count[rows]
+        self.strata_count[rows] = torch.zeros_like(counts).scatter_add_(1, to, counts)
+        groups = rows[:, None] * n_cells + torch.arange(n_cells, device=rows.device)
+        for g, t in zip(groups.split(2048), (rows[:, None] * n_cells + to).split(2048)):
+            at, e = self.strata.entries(g.flatten())
+            self.strata.clear(g.flatten())
+            self.strata.add(t.flatten()[at], e)
 
     @torch.no_grad()
     def update(self,
         tokens:Tensor, # (contexts, positions) ids
-        acts:Tensor, # (contexts, positions, d_sae) activations
+        acts:Tensor|Active, # (contexts, positions, d_sae) activations, or the list of those that are not zero
         keep:Tensor|None=None, # (contexts, positions) bool: which positions count; default: all
         first:int|None=None, # number of the first context in the corpus; default: go on counting
+        documents:tuple[Tensor, Tensor]|None=None, # (contexts, positions) each: number of the document, place in it
     ) -> None:
         "Add a batch of contexts."
-        B, T = tokens.shape
-        if acts.shape != (B, T, self.d_sae): raise ValueError(f"Activations of shape {tuple(acts.shape)} for tokens of shape {(B, T)} and {self.d_sae} latents: expected {(B, T, self.d_sae)}.")
-        tokens, first = tokens.to(self.device), self.contexts if first is None else first
-        keep = torch.ones(B, T, dtype=torch.bool) if keep is None else keep
-        acts = (acts.to(self.device) * keep.to(self.device)[..., None]).flatten(0, 1)                  # (B·T, d_sae)
-        p, f = acts.nonzero(as_tuple=True)                                                            # what fires: position in the batch, latent
-        a = acts[p, f].double()
-        self.count += torch.bincount(f, minlength=self.d_sae)
-        self.sum += torch.bincount(f, a, self.d_sae)
-        self.sum_sq += torch.bincount(f, a * a, self.d_sae)
-        self.hist += torch.bincount(f * n_bins + bin_of(a.abs()), minlength=self.d_sae * n_bins).view(self.d_sae, n_bins)
-        self.tokens += int(keep.sum())
-        self.contexts = max(self.contexts, first + B)
-        mark, position = window_marks(tokens, self.window[0]).flatten()[p], p + first * T
-        def window(at): return windows_at(tokens, acts, p[at], f[at], *self.window)
-        self.top.offer(f, a.abs(), a, position, mark, window)
-        self.sample.offer(f, random_keys(f, position, mark, seed=self.seed), a, position, mark, window)
+        (B, T), M, device = tokens.shape, self.d_sae, self.device
+        tokens, first = tokens.to(device), self.contexts if first is None else first
+        keep = (torch.ones(B, T, dtype=torch.bool) if keep is None else keep).to(device).flatten()
+        p, f, a = listed(acts, keep, (B, T, M))
+        stratum = self._sums(f, a)
+        self.tokens, self.contexts = self.tokens + int(keep.sum()), max(self.contexts, first + B)
+        where, mark = torch.arange(B * T, device=device) + first * T, window_marks(tokens, self.window[0]).flatten()
+        self.lists.offer(random_keys(where, mark, seed=self.seed + 1)[keep], torch.bincount(p, minlength=B * T)[keep], f)
+        entry = dict(value=a, position=where[p], mark=mark[p])
+        if documents is not None: entry |= {n: t.to(device).flatten()[p] for n, t in zip(("document", "offset"), documents)}
+        cells = p * M + f
+        def window(at): return windows_at(tokens, cells, a, M, p[at], f[at], *self.window)
+        size, chance = a.abs().double(), random_keys(f, entry["position"], entry["mark"], seed=self.seed)
+        self.top.offer(f, window, **entry | dict(key=size) | ({} if documents is None else dict(mark=scramble(entry["document"] + self.salt))))
+        for store, group, key in ((self.spare, f, size), (self.sample, f, chance), (self.strata, stratum, chance)): store.offer(group, window, key=key, **entry)
+        self.__dict__.pop("index", None)
+
+    @torch.no_grad()
+    def update_pre(self,
+        z:Tensor, # (tokens, d_sae) pre-activations on a random sample of tokens, in the units of the activations
+    ) -> None:
+        "Count pre-activations at and below the threshold; those above are counted with the activations."
+        if self.pre_unit is None: raise ValueError("Pre-activations are counted around a threshold, and these statistics have none: make them with threshold=sae.threshold.")
+        self.pre_tokens += len(z)
+        base = torch.arange(self.d_sae, device=self.device) * n_pre
+        for part in z.to(self.device).float().split(max(1, 2**20 // self.d_sae)):
+            b = (((part - self.threshold) / self.pre_unit - pre_range[0]) * per_unit).floor().clamp(-1, n_pre // 2 - 1).long()
+            below = (part <= self.threshold) & (b >= 0)
+            self.pre.view(-1).scatter_add_(0, (b.clamp_min_(0) + base).flatten(), below.long().flatten())
 
     def merge(self,
         other:LatentStats, # of the same SAE on other text
@@ -153,17 +185,33 @@ class LatentStats:
         "Add what another one has seen."
         for k in ("d_sae", "window", "seed"):
             if getattr(self, k) != getattr(other, k): raise ValueError(f"These statistics differ in {k} ({getattr(self, k)} and {getattr(other, k)}) and cannot be merged.")
-        for k in ("count", "sum", "sum_sq", "hist"): setattr(self, k, getattr(self, k) + getattr(other, k).to(self.device))
-        self.tokens, self.contexts = self.tokens + other.tokens, max(self.contexts, other.contexts)
-        self.top.merge(other.top); self.sample.merge(other.sample)
+        names = [s.about.get("fingerprint") for s in (self, other)]
+        if all(names) and names[0] != names[1]: raise ValueError(f"These statistics belong to {whose(self.about)} and to {whose(other.about)}: they cannot be merged.")
+        at = self.device
+        if (self.threshold is None) != (other.threshold is None) or self.threshold is not None and not torch.equal(self.threshold, other.threshold.to(at)):
+            raise ValueError("These statistics differ in the thresholds of the latents, so they belong to different SAEs, and cannot be merged.")
+        self._lengthen(torch.maximum(self.exponent, theirs := other.exponent.to(at)))
+        to = joined(theirs, self.exponent) + torch.arange(self.d_sae, device=at)[:, None] * n_cells
+        self.strata_count.view(-1).scatter_add_(0, to.flatten(), other.strata_count.to(at).flatten())
+        for k in self.sums[:-1]: setattr(self, k, getattr(self, k) + getattr(other, k).to(at))
+        self.peak = torch.maximum(self.peak, other.peak.to(at))
+        for k in ("top", "spare", "sample"): getattr(self, k).merge(getattr(other, k))
+        self.strata.merge(other.strata, to.flatten())
+        self.lists.merge(other.lists)
+        self.tokens, self.pre_tokens, self.contexts = self.tokens + other.tokens, self.pre_tokens + other.pre_tokens, max(self.contexts, other.contexts)
         self.strings |= other.strings
-        if self.effects is None: self.effects = other.effects
-        return self
+        for k in self.found[:4]: setattr(self, k, getattr(other, k) if getattr(self, k) is None else getattr(self, k))
+        self.__dict__.pop("index", None)
+        return relate(self) if self.partners is not None or other.partners is not None else self
 
     @property
     def alive(self) -> Tensor:
         "(d_sae,) bool: it has fired."
         return self.count > 0
+    @property
+    def dense(self) -> Tensor:
+        "(d_sae,) bool: it fires on more than a tenth of the tokens."
+        return self.frequency > .1
     @property
     def frequency(self) -> Tensor:
         "(d_sae,) share of tokens on which each latent fires."
@@ -179,13 +227,60 @@ class LatentStats:
     @property
     def max(self) -> Tensor:
         "(d_sae,) largest activation, by magnitude; 0 for a dead latent."
-        return self.top.key[:, 0].clamp_min(0).float()
+        return self.peak
+    @property
+    def pre_edges(self) -> Tensor:
+        "(n_pre + 1,) edges of the bins around the threshold, as (z − θ)/unit."
+        return torch.linspace(*pre_range, n_pre + 1)
+    @property
+    def pre_hist(self) -> Tensor|None:
+        "(d_sae, n_pre) counts of pre-activations per bin: exact above the threshold, below it estimated from `pre_tokens` of the `tokens`; None without a threshold."
+        return self.pre_counts(slice(None))
+
+    def pre_counts(self,
+        i:int|slice, # one latent, or some
+    ) -> Tensor|None: # (n_pre,) or (…, n_pre) int64
+        "The same for a part of the latents."
+        if self.pre_unit is None or not self.pre_tokens: return None
+        below, above = self.pre[i].tensor_split(2, dim=-1)
+        return torch.cat([(below * (self.tokens / self.pre_tokens)).round().long(), above], -1)
 
     def quantile(self,
         q:float, # 0 to 1
     ) -> Tensor: # (d_sae,)
         "Read a quantile of each latent's activations off the histogram, to 9 %."
         return bin_middle((self.hist.cumsum(1) < (q * self.count)[:, None]).sum(1).clamp_max(n_bins - 1))
+
+    @property
+    def nbytes(self) -> int:
+        "Bytes that the statistics take; they do not depend on the number of tokens."
+        return sum(getattr(self, k).nbytes for k in self.stores) + sum(getattr(self, k).nbytes for k in (*self.sums, "peak", "exponent")) + sum(t.nbytes for k in self.found if (t := getattr(self, k)) is not None) + self.lists.nbytes
+
+    @cached_property
+    def index(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        "Which latents have a token at the centre of their contexts: see `token_index`."
+        return token_index(self)
+
+    def latents_of(self,
+        token:str|int, # text, with its leading space if it has one, or an id
+    ) -> list[tuple[int, int, float]]: # latent, number of its kept contexts with that token at the centre, and the share of its contexts; best first
+        "Look up the latents that fire on a token."
+        return latents_of(self, token)
+
+    def relate(self,
+        sae:SAE|None=None, # for neighbours and logit effects
+        lm:LanguageModel|None=None, # for logit effects
+        k:int=10, # neighbours and partners per latent
+    ) -> LatentStats: # itself
+        "Find effects on logits, decoder neighbours, and partners: see `relate`."
+        return relate(self, sae, lm, k)
+
+    def check(self,
+        sae:SAE|None=None, # the one they are to be used with
+        lm:LanguageModel|None=None, # likewise
+    ) -> None:
+        "Refuse an SAE or a model that is not the one these statistics were collected for."
+        check(self, sae, lm)
 
     @staticmethod
     def collect(
@@ -194,7 +289,7 @@ class LatentStats:
         text:Any="stdlib", # text source, as for `texts`
         split:str|None="train", # side of the source
         tokens:int=200_000, # positions to read
-        **options, # more of `collect`: top_k, sample, window, site, context_size, effects, batch_tokens, seed
+        **options, # more of `collect`: top_k, sample, strata, window, site, context_size, effects, neighbours, batch_tokens, seed, out, save_every
     ) -> LatentStats:
         "Collect the statistics of every latent in one pass over text."
         return collect(sae, lm, text, split, tokens, **options)
@@ -216,7 +311,7 @@ class LatentStats:
     def load(
         folder:str|Path, # holds `latents.safetensors`
     ) -> LatentStats: # on the CPU
-        "Read what `save` wrote."
+        "Open what `save` wrote; latents are read when they are looked at."
         return load_stats(folder)
 
     def __len__(self) -> int: return self.d_sae
@@ -225,48 +320,167 @@ class LatentStats:
 
     def __getitem__(self, i:int) -> Latent:
         if not -self.d_sae <= i < self.d_sae: raise IndexError(f"There are {self.d_sae} latents, 0 to {self.d_sae - 1}: no latent {i}.")
-        i = int(i) % self.d_sae
-        effects = [[self.strings.get(t, f"⟨{t}⟩") for t in side] for side in self.effects[i].tolist()] if self.effects is not None else [[], []]
-        return Latent(i, float(self.frequency[i]), float(self.mean[i]), float(self.std[i]), float(self.max[i]), self.hist[i], self._contexts(self.top, i), self._contexts(self.sample, i), *effects)
+        return latent_at(self, int(i) % self.d_sae)
 
-    def _contexts(self, best:Best, i:int) -> list[Context]:
-        out = []
-        for j in range(int((best.key[i] >= 0).sum())):
-            inside = (best.tokens[i, j] >= 0).nonzero().squeeze(1)
-            ids, acts = best.tokens[i, j, inside].tolist(), best.acts[i, j, inside].tolist()
-            out.append(Context(float(best.value[i, j]), int(best.position[i, j]), self.window[0] - int(inside[0]), ids, [self.strings.get(t, f"⟨{t}⟩") for t in ids], acts))
-        return out
+# %% ../../nbs/interpret/01_latents.ipynb #953d3ec8
+def _contexts(
+    stats:LatentStats, # what was collected
+    best:Best, # one of its stores
+    i:int, # group
+) -> list[Context]: # what is there
+    "Turn entries into contexts."
+    out, (_, e) = [], best.entries(slice(i, i + 1))
+    for j, ids in enumerate(e["tokens"].tolist()):
+        a = next(k for k, t in enumerate(ids) if t >= 0)
+        b = len(ids) - next(k for k, t in enumerate(reversed(ids)) if t >= 0)
+        place = [None if (n := int(e[k][j])) < 0 else n for k in ("document", "offset")]
+        out.append(Context(float(e["value"][j]), int(e["position"][j]), stats.window[0] - a, ids[a:b], [stats.strings.get(t, f"⟨{t}⟩") for t in ids[a:b]], e["acts"][j, a:b].tolist(), *place))
+    return out
+
+
+def strongest(
+    stats:LatentStats, # what was collected
+    i:int, # latent
+) -> list[Context]: # at most `top_k`, the strongest first
+    "Choose the strongest contexts: one per document as long as there are documents, and no window twice."
+    all_ = {c.position: c for store in (stats.top, stats.spare) for c in _contexts(stats, store, i)}
+    ranked, k = sorted(all_.values(), key=lambda c: (-abs(c.value), c.position)), stats.top.key.shape[1]
+    chosen, seen = [], set()
+    for strict in (True, False):
+        for c in ranked:
+            window, document = (c.at, *c.ids[:c.at + 1]), None if c.document is None else f"document {c.document}"
+            if len(chosen) == k or window in seen or strict and document in seen: continue
+            chosen.append(c); seen |= {window, document} - {None}
+    return sorted(chosen, key=lambda c: (-abs(c.value), c.position))
+
+
+def latent_at(
+    stats:LatentStats, # what was collected
+    i:int, # which latent, from 0
+) -> Latent: # what is known about it
+    "Gather everything about one latent."
+    def pairs(ids, values): return [] if ids is None else [(j, v) for j, v in zip(ids[i].tolist(), values[i].tolist()) if j >= 0]
+    n, s = int(stats.count[i]), float(stats.sum[i])
+    mean = s / n if n else float("nan")
+    effects = [[stats.strings.get(t, f"⟨{t}⟩") for t in side] for side in stats.effects[i].tolist()] if stats.effects is not None else [[], []]
+    by, width, strata = stats.effect_values[i].tolist() if stats.effect_values is not None else [[], []], 2.**int(stats.exponent[i]) / n_cells, []
+    for c in reversed(range(n_cells)):
+        if m := int(stats.strata_count[i, c]): strata.append(Stratum(c * width, min((c + 1) * width, float(stats.peak[i])), m, _contexts(stats, stats.strata, i * n_cells + c)))
+    return Latent(i, n / max(stats.tokens, 1), mean, max(0., float(stats.sum_sq[i]) / n - mean**2)**.5 if n else mean, float(stats.peak[i]), stats.hist[i], strongest(stats, i), _contexts(stats, stats.sample, i),
+                  *effects, *by, None if stats.threshold is None else float(stats.threshold[i]), stats.pre_counts(i), strata, pairs(stats.neighbours, stats.neighbour_cosine), pairs(stats.partners, stats.partner_score))
 
 # %% ../../nbs/interpret/01_latents.ipynb #63a7c479
-@torch.no_grad()
-def final_gain(
-    lm:LanguageModel, # the model
-) -> tuple[Tensor, bool]: # (d_model,) gain, and whether the norm also subtracts the mean
-    "Find the final norm's gain by asking the norm."
-    blocks = find_blocks(lm.model)
-    norms = [m for name, m in lm.model.named_modules() if not name.startswith(blocks) and "norm" in type(m).__name__.lower()]
-    if not norms: return torch.ones(lm.d_model, device=lm.device), False
-    v = 1. - 2.*(torch.arange(lm.d_model, device=lm.device) % 2)
-    def norm(x): return norms[-1](x.to(lm.dtype)[None, None])[0, 0].float()
-    return (norm(v) - norm(-v)) / 2 * v, bool(torch.allclose(norm(v + 3), norm(v), atol=1e-2))
+def token_index(
+    stats:LatentStats, # what was collected
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: # (n,) int32 token, ascending; (n,) int32 latent; (n,) int32 contexts; (d_sae,) int32 contexts kept per latent
+    "Turn the lists of contexts round: which latents have a token at their centre."
+    parts, kept, step = [], torch.zeros(stats.d_sae, dtype=torch.int32), 8192
+    for first in range(0, stats.d_sae, step):
+        latent, position, token = [], [], []
+        for name in stats.stores:
+            n, best = n_cells if name == "strata" else 1, getattr(stats, name)
+            rows = slice(first * n, (first + step) * n)
+            full = best.key[rows] >= 0
+            latent.append(full.nonzero()[:, 0] // n); position.append(best.position[rows][full]); token.append(best.tokens[rows, :, stats.window[0]][full])
+        l, p, t = (torch.cat(x).cpu().long() for x in (latent, position, token))
+        order = scramble(l + scramble(p)).argsort()                                          # a place that is in several lists counts once
+        h = scramble(l + scramble(p))[order]
+        order = order[torch.cat([torch.ones(min(1, len(h)), dtype=torch.bool), h[1:] != h[:-1]])]
+        pair, count = (t[order] * stats.d_sae + l[order] + first).unique(return_counts=True)
+        parts.append((pair, count.int()))
+        kept[first:first + step] = torch.bincount(l[order], minlength=min(step, stats.d_sae - first)).int()
+    pair, count = (torch.cat(x) for x in zip(*parts))
+    order = pair.argsort()
+    return (pair[order] // stats.d_sae).int(), (pair[order] % stats.d_sae).int(), count[order], kept
 
 
+def latents_of(
+    stats:LatentStats, # what was collected
+    token:str|int, # text, with its leading space if it has one, or an id
+) -> list[tuple[int, int, float]]: # latent, number of its kept contexts with that token at the centre, and the share of its contexts; best first
+    "Look up the latents that fire on a token; text that is no token is looked up without regard to spaces around it."
+    if isinstance(token, str): ids = [t for t, s in stats.strings.items() if s == token] or [t for t, s in stats.strings.items() if s.strip() and s.strip() == token.strip()]
+    else: ids = [int(token)]
+    tokens, latents, counts, kept = stats.index
+    found: dict[int, int] = {}
+    for t in ids:
+        a, b = torch.searchsorted(tokens, torch.tensor([t, t + 1], dtype=tokens.dtype)).tolist()
+        for l, c in zip(latents[a:b].tolist(), counts[a:b].tolist()): found[l] = found.get(l, 0) + c
+    return sorted(((l, c, c / int(kept[l])) for l, c in found.items()), key=lambda x: (-x[1], -x[2], x[0]))
+
+# %% ../../nbs/interpret/01_latents.ipynb #83fa76eb
 @torch.no_grad()
-def logit_effects(
-    sae:SAE, # its decoder rows
-    lm:LanguageModel, # final norm and unembedding
-    k:int=8, # tokens per side
-) -> Tensor: # (d_sae, 2, k) int32 ids: the most promoted, the most suppressed
-    "Rank tokens by the direct effect of each latent on their logits."
-    gain, centred = final_gain(lm)
-    W_U, out = lm.model.get_output_embeddings().weight.float(), []                                      # (vocab, d_model)
-    if W_U.shape[1] != sae.d_in: raise ValueError(f"Decoder rows of width {sae.d_in} do not reach an unembedding of width {W_U.shape[1]}: this SAE is not on the residual stream.")
-    for d in sae.W_dec.detach().to(lm.device).float().split(max(1, 2**26 // len(W_U))):
-        effect = ((d - d.mean(-1, keepdim=True) if centred else d) * gain) @ W_U.T
-        out.append(torch.stack([effect.topk(k).indices, (-effect).topk(k).indices], 1).int())
-    return torch.cat(out)
+def relate(
+    stats:LatentStats, # what was collected
+    sae:SAE|None=None, # for neighbours and logit effects
+    lm:LanguageModel|None=None, # for logit effects
+    k:int=10, # neighbours and partners per latent
+) -> LatentStats: # the same
+    "Find effects on logits, decoder neighbours, and partners."
+    if sae is not None and lm is not None: stats.effects, stats.effect_values = logit_effects(sae, lm)
+    if sae is not None and k: stats.neighbours, stats.neighbour_cosine = decoder_neighbours(sae, k)
+    if k: stats.partners, stats.partner_score = co_activation(stats.lists, stats.d_sae, k)
+    return stats
+
+
+def whose(
+    about:dict[str, Any], # of statistics
+) -> str: # words
+    "Name the SAE and the model that statistics belong to."
+    mark = about.get("fingerprint") or {}
+    return f"SAE {about.get('sae', 'unknown')} [{mark.get('sae', '?')[:6]}] and model {about.get('model_name') or 'unknown'} [{mark.get('model', '?')[:6]}]"
+
+
+def check(
+    stats:LatentStats, # what was collected
+    sae:SAE|None=None, # what it is to be used with
+    lm:LanguageModel|None=None, # likewise
+) -> None:
+    "Refuse an SAE or a model that is not the one of the statistics."
+    mark = stats.about.get("fingerprint") or {}
+    other = dict(stats.about, fingerprint=dict(mark))
+    if sae is not None:
+        if sae.d_sae != stats.d_sae: raise ValueError(f"These statistics are about {stats.d_sae} latents, and the SAE {describe(sae)} has {sae.d_sae}: collect them again.")
+        other.update(sae=describe(sae)); other["fingerprint"]["sae"] = sae_fingerprint(sae)
+    if lm is not None: other.update(model_name=lm.name); other["fingerprint"]["model"] = model_fingerprint(lm)
+    if mark and other["fingerprint"] != mark: raise ValueError(f"These statistics were collected for {whose(stats.about)}, not for {whose(other)}: collect them again.")
 
 # %% ../../nbs/interpret/01_latents.ipynb #e00f1b16
+_vectors = (*LatentStats.sums, "peak", "exponent", "threshold", "pre_unit", *LatentStats.found)
+
+
+def save_stats(
+    stats:LatentStats, # what was collected
+    folder:str|Path, # made if missing
+) -> Path: # the file
+    "Write `latents.safetensors`."
+    stats.lists.settle()
+    t = {k: v for k in _vectors if (v := getattr(stats, k)) is not None} | {f"{b}.{k}": getattr(getattr(stats, b), k) for b in stats.stores for k in Best.fields}
+    t |= {f"lists.{k}": getattr(stats.lists, k) for k in ("key", "size", "latents")} | {f"index.{i}": v for i, v in enumerate(stats.index)}
+    head = {k: getattr(stats, k) for k in ("window", "seed", "salt", "tokens", "contexts", "pre_tokens", "strings", "about")} | dict(room=stats.lists.room, floor=stats.lists.floor)
+    return write_tensors(Path(folder)/"latents.safetensors", t, head)
+
+
+def load_stats(
+    folder:str|Path, # holds `latents.safetensors`
+) -> LatentStats: # on the CPU, mapped into memory
+    "Open what `save_stats` wrote."
+    path = Path(folder)/"latents.safetensors"
+    if not path.is_file(): raise FileNotFoundError(f"{folder} holds no latents.safetensors: collect statistics first and save them there.")
+    head, t = read_tensors(path, "collect the statistics again")
+    try:
+        stats = LatentStats(0, 1, 0, head["window"], head["seed"], room=head["room"])
+        for k in _vectors: setattr(stats, k, t.get(k))
+        for b in stats.stores:
+            for k in Best.fields: setattr(getattr(stats, b), k, t[f"{b}.{k}"])
+        for k in ("key", "size", "latents"): setattr(stats.lists, k, t[f"lists.{k}"])
+        for k in ("salt", "tokens", "contexts", "pre_tokens", "about"): setattr(stats, k, head[k])
+        stats.d_sae, stats.lists.floor, stats.index = len(t["count"]), head["floor"], tuple(t[f"index.{i}"] for i in range(4))
+        stats.strings = {int(k): v for k, v in head["strings"].items()}
+    except KeyError as e: raise ValueError(f"{path} has no {e}, it was written by another version of this library: collect the statistics again.") from None
+    return stats
+
+# %% ../../nbs/interpret/01_latents.ipynb #b5c1a9e0
 def _documents(
     text:Any, # text source, as for `texts`
     split:str|None, # its side
@@ -277,7 +491,34 @@ def _documents(
     docs = list(texts(text, split))
     return [docs[i] for i in torch.randperm(len(docs), generator=torch.Generator().manual_seed(seed)).tolist()]
 
-# %% ../../nbs/interpret/01_latents.ipynb #151ef7a4
+
+def batches_of(
+    lm:LanguageModel, # its tokenizer
+    docs:Iterable[str], # documents
+    context_size:int, # positions per context
+    contexts:int, # per batch
+    limit:int, # contexts in all
+) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]|None]]: # (k, context_size) ids; number of the document and place in it, of every position
+    "Cut text into batches of contexts, and follow the documents."
+    end = getattr(lm.tokenizer, "eos_token_id", None)
+    end, b, number, place = lm.bos_id if end is None else end, int(lm.bos_id is not None), 0, 0
+    def placed(ids):
+        nonlocal number, place
+        flat = ids[:, b:].flatten()
+        cut, at = flat == end, torch.arange(len(flat))
+        n, o = number + cut.cumsum(0), at - 1 - torch.where(cut, at, -1 - place).cummax(0).values              # since the last separator
+        number, place = int(n[-1]), int(o[-1]) + 1
+        return ids, tuple(torch.nn.functional.pad(x.view(len(ids), -1), (b, 0), value=-1) for x in (n, o))
+    rest = torch.zeros(0, context_size, dtype=torch.long)
+    for block in chain(stream_contexts(lm, docs, context_size), [None]):
+        if block is not None: rest = torch.cat([rest, block.long()])
+        while limit and len(rest) and (block is None or len(rest) >= min(contexts, limit)):
+            ids, rest = rest[:min(contexts, limit)], rest[min(contexts, limit):]
+            limit -= len(ids)
+            yield placed(ids) if end is not None else (ids, None)
+        if not limit: return
+
+# %% ../../nbs/interpret/01_latents.ipynb #16cc8b51
 @torch.no_grad()
 def collect(
     sae:SAE, # the SAE
@@ -288,12 +529,16 @@ def collect(
     *,
     top_k:int=20, # strongest contexts kept per latent
     sample:int=10, # random contexts kept per latent
+    strata:int=3, # random contexts kept per interval of activations
     window:tuple[int, int]=(10, 5), # tokens before and after
     site:str|Site|None=None, # default: the one in the SAE's metadata
     context_size:int|None=None, # positions per context; default: as in training
     effects:bool|None=None, # also rank tokens by the direct logit effect; default: on the residual stream, if it is cheap
+    neighbours:int|None=None, # decoder neighbours and partners per latent; default: 10, or none for neighbours where a table of all pairs would take long
     batch_tokens:int=4096, # positions per forward pass
     seed:int=0, # of the random contexts and the order of documents
+    out:str|Path|None=None, # folder to save in, now and then, and to go on from
+    save_every:float=60., # seconds
 ) -> LatentStats:
     "Collect the statistics of every latent in one pass over text; the model stops after the site."
     about = getattr(sae, "metadata", None) or {}
@@ -303,52 +548,77 @@ def collect(
     lm = lm if isinstance(lm, LanguageModel) else LanguageModel.load(lm)
     site = lm.site(name)
     if sae.d_in != site.d_in: raise ValueError(f"The SAE reads {sae.d_in} numbers, but {site} of {lm.name} has {site.d_in}: it was trained on another site or model.")
-    ids = pack(lm, _documents(text, split, seed), context_size or min(about.get("context_size") or lm.context_size, lm.context_size), tokens)
-    stats = LatentStats(sae.d_sae, top_k, sample, window, seed, "cpu" if sae.device.type == "mps" else sae.device)
-    for part in ids.split(max(1, min(batch_tokens, 2**27 // sae.d_sae) // ids.shape[1])):
-        stats.update(part, sae.encode(lm.capture(part, [site])[site.name].to(sae.device)), keep_mask(lm, part))
+    T = check_context_size(lm, context_size or min(about.get("context_size") or lm.context_size, lm.context_size))
+    device = torch.device("cpu") if sae.device.type == "mps" else sae.device
+    per = max(1, min(batch_tokens, 2**26 // sae.d_sae) // T)
+    told = text if isinstance(text, str) else str(text) if isinstance(text, Path) else ""
     if effects is None: effects = site.kind in ("resid_pre", "resid_post", "mlp_out") and sae.d_sae * lm.vocab_size < 2**32 and sae.d_in == lm.d_model
-    if effects: stats.effects = logit_effects(sae, lm).to(stats.device)
-    seen = torch.cat([t.flatten().cpu() for t in (stats.top.tokens, stats.sample.tokens, *([stats.effects] if effects else []))]).unique()
-    stats.strings = token_strings(lm, seen[seen >= 0].tolist())
-    stats.about = dict(model_name=lm.name, site=site.name, text=text if isinstance(text, str) else "", split=split, context_size=ids.shape[1])
+    what = dict(model_name=lm.name, site=site.name, text=told, split=split, context_size=T, sae=describe(sae), fingerprint=dict(sae=sae_fingerprint(sae), model=model_fingerprint(lm)))
+    what["settings"] = dict(contexts=max(1, tokens // T), per_batch=per, top_k=top_k, sample=sample, strata=strata, window=list(window), seed=seed, effects=effects, neighbours=neighbours)
+    def new(): return LatentStats(sae.d_sae, top_k, sample, window, seed, device, sae.threshold, strata)
+    stats = resumed(out, what) or new()
+    done, trail, saved = *stats.about.get("reached", (0, "")), time.monotonic()
+    stats.about, read, so_far = what, 0, ""
+    for ids, documents in batches_of(lm, _documents(text, split, seed), T, per, what["settings"]["contexts"]):
+        so_far, read = fingerprint(so_far, ids), read + len(ids)
+        if read <= done:
+            if read == done and so_far != trail: raise ValueError(f"The text is not the one from which the statistics in {out} were begun: collect into another folder.")
+            continue
+        if not stats.contexts: stats.salt = int(so_far[:15], 16)
+        take(stats, sae, lm, site, ids, documents)
+        if out is not None and time.monotonic() - saved > save_every: stats.about["reached"] = [read, so_far]; stats.save(out); saved = time.monotonic()
+    stats.about["reached"] = [read, so_far]
+    if neighbours is None and sae.d_sae**2 * sae.d_in > 2**42 and device.type == "cpu": relate(stats)
+    else: relate(stats, sae, k=10 if neighbours is None else neighbours)
+    if effects: stats.effects, stats.effect_values = logit_effects(sae, lm)
+    stats.strings = token_strings(lm, used_tokens(stats))
+    if out is not None: stats.save(out)
     return stats
 
-# %% ../../nbs/interpret/01_latents.ipynb #4993b46a
-_tensors = ("count", "sum", "sum_sq", "hist")
+# %% ../../nbs/interpret/01_latents.ipynb #638b8151
+def take(
+    stats:LatentStats, # what is updated
+    sae:SAE, # the SAE
+    lm:LanguageModel, # the model
+    site:Site, # where the SAE reads
+    ids:Tensor, # (contexts, positions) token ids
+    documents:tuple[Tensor, Tensor]|None=None, # (contexts, positions) each: number of the document, place in it
+) -> None:
+    "Run one batch through the model and the SAE, and add it: one step of `collect`."
+    keep = keep_mask(lm, ids)
+    at = keep.flatten().nonzero().squeeze(1)
+    x = lm.capture(ids, [site])[site.name].flatten(0, 1)
+    x = x.index_select(0, at.to(x.device)).to(sae.device)                                      # (n, d_in) positions that count
+    if not bool(x.isfinite().all()): raise ValueError(f"{lm.name} gives NaN or infinity at {site.name}: no statistics can be made of that, try dtype=\"float32\" or \"bfloat16\".")
+    active = encode_sparse(sae, x)
+    first = stats.contexts
+    stats.update(ids, Active(at.to(active.tokens.device)[active.tokens], active.latents, active.values, (ids.numel(), sae.d_sae)), keep, documents=documents)
+    if stats.pre_unit is None: return
+    chosen = random_keys(at + first * ids.shape[1], seed=stats.seed + 2) < 1024 / sae.d_sae         # about 1024 pre-activations per token
+    if not bool(chosen.any()): return
+    (gain, shift, _), C = sae.gate.inference(), sae.scale.to(sae.dtype)
+    z = sae.pre_acts(x[chosen.to(x.device)].to(sae.dtype) / C)
+    stats.update_pre(((z if gain is None else z * gain) + (0 if shift is None else shift)) * C)
 
 
-def save_stats(
+def used_tokens(
     stats:LatentStats, # what was collected
-    folder:str|Path, # made if missing
-) -> Path: # the file
-    "Write `latents.safetensors`."
-    from safetensors.torch import save
-    t = {k: getattr(stats, k) for k in _tensors} | {f"{b}.{k}": getattr(getattr(stats, b), k) for b in ("top", "sample") for k in Best.fields}
-    if stats.effects is not None: t["effects"] = stats.effects
-    head = dict(window=stats.window, seed=stats.seed, tokens=stats.tokens, contexts=stats.contexts, strings=stats.strings, about=stats.about)
-    path = Path(folder)/"latents.safetensors"
-    write_atomically(path, save({k: v.cpu().contiguous() for k, v in t.items()}, {"jumprelu_nb": json.dumps(head)}))
-    return path
+) -> list[int]: # ids
+    "List the tokens that occur in contexts and effects."
+    parts = [getattr(stats, k).tokens[i:i + 8192].unique().cpu() for k in stats.stores for i in range(0, len(getattr(stats, k).tokens), 8192)]
+    ids = torch.cat([*parts, *([stats.effects.flatten().unique().cpu()] if stats.effects is not None else [])]).unique()
+    return ids[ids >= 0].tolist()
 
 
-def load_stats(
-    folder:str|Path, # holds `latents.safetensors`
-) -> LatentStats: # on the CPU
-    "Read what `save_stats` wrote."
-    from safetensors import SafetensorError, safe_open
-    path = Path(folder)/"latents.safetensors"
-    if not path.is_file(): raise FileNotFoundError(f"{folder} holds no latents.safetensors: collect statistics first and save them there.")
-    try:
-        with safe_open(path, "pt") as f: head, t = json.loads(f.metadata()["jumprelu_nb"]), {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, ValueError, KeyError, TypeError) as e: raise ValueError(f"{path} is truncated or damaged ({e}): collect the statistics again.") from None
-    stats = LatentStats(len(t["count"]), t["top.key"].shape[1], t["sample.key"].shape[1], head["window"], head["seed"])
-    for k in _tensors: setattr(stats, k, t[k])
-    for b in ("top", "sample"):
-        for k in Best.fields: setattr(getattr(stats, b), k, t[f"{b}.{k}"])
-    stats.tokens, stats.contexts, stats.about, stats.effects = head["tokens"], head["contexts"], head["about"], t.get("effects")
-    stats.strings = {int(k): v for k, v in head["strings"].items()}
-    return stats
+def resumed(
+    out:str|Path|None, # folder
+    about:dict[str, Any], # of what is to be collected
+) -> LatentStats|None: # what was saved there of the same collection
+    "Find an interrupted collection."
+    if out is None or not (Path(out)/"latents.safetensors").is_file(): return None
+    stats = load_stats(out)
+    if {k: v for k, v in stats.about.items() if k != "reached"} == about: return stats
+    warnings.warn(f"{out} holds statistics of {whose(stats.about)} with other settings; they are collected anew and replaced.", stacklevel=3)
 
 # %% ../../nbs/interpret/01_latents.ipynb #3ee3837a
 def selectivity(

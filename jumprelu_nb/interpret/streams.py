@@ -140,8 +140,22 @@ class Best:
         full = part["key"] >= 0
         return full.nonzero()[:, 0], {f: t[full] for f, t in part.items()}
 
+    def clear(self,
+        groups:Tensor, # (m,) which
+    ) -> None:
+        "Empty some groups."
+        for f in self.fields: getattr(self, f)[groups] = 0 if f in ("value", "acts") else -1
+
+    def add(self,
+        group:Tensor, # (n,) where each goes
+        e:dict[str, Tensor], # entries of another store
+    ) -> None:
+        "Let listed entries in."
+        self.offer(group, lambda at: (e["tokens"][at], e["acts"][at]), **{f: e[f] for f in self.fields[:6]})
+
     def merge(self,
-        other:Best, # for the same groups
+        other:Best, # with the same windows
+        to:Tensor|None=None, # (groups of the other,) where each of its groups goes; default: to the same
     ) -> None:
         "Let another one's entries in."
         if len(self.key) != len(other.key) or self.tokens.shape[2] != other.tokens.shape[2]:
@@ -150,11 +164,12 @@ class Best:
         for first in range(0, len(self.key), per):
             group, e = other.entries(slice(first, first + per))
             e = {f: t.to(self.key.device) for f, t in e.items()}
-            self.offer(group.to(self.key.device) + first, lambda at, e=e: (e["tokens"][at], e["acts"][at]), **{f: e[f] for f in self.fields[:6]})
+            group = group.to(self.key.device) + first
+            self.add(group if to is None else to[group], e)
 
     @property
-    def nbytes(self) -> int: # whatever the number of tokens
-        "What it takes in memory."
+    def nbytes(self) -> int:
+        "Bytes it takes, whatever the number of entries offered."
         return sum(getattr(self, f).nbytes for f in self.fields)
 
 # %% ../../nbs/interpret/00_streams.ipynb #cd201c8d
@@ -213,6 +228,11 @@ class TokenSample:
         self.latents = latents[keep.repeat_interleave(size.long())]
         self.key, self.size = key[keep], size[keep]
         return self
+
+    @property
+    def nbytes(self) -> int:
+        "Bytes it takes at present; never more than a quarter above those of a full sample."
+        return sum(t.nbytes for w in (*self._waiting, (self.key, self.size, self.latents)) for t in w)
 
     def merge(self,
         other:TokenSample, # of other tokens
