@@ -21,7 +21,7 @@ from ..data.text import check_context_size, stream_contexts, text_kind, texts
 from .contexts import Context, Latent, Stratum, token_strings, visible  # noqa: F401  (`visible` is looked for here, too)
 from .relations import co_activation, decoder_neighbours, final_gain, logit_effects  # noqa: F401
 from .store import describe, model_fingerprint, read_tensors, sae_fingerprint, write_tensors
-from .streams import Best, TokenSample, bin_middle, bin_of, n_bins, random_keys, scramble, window_marks, windows_at
+from .streams import Best, TokenSample, Windows, bin_middle, bin_of, n_bins, random_keys, scramble, window_marks
 from ..sae.model import SAE
 from ..sae.sparse import Active, encode_sparse
 
@@ -159,8 +159,7 @@ class LatentStats:
         self.lists.offer(random_keys(where, mark, seed=self.seed + 1)[keep], torch.bincount(p, minlength=B * T)[keep], f)
         entry = dict(value=a, position=where[p], mark=mark[p])
         if documents is not None: entry |= {n: t.to(device).flatten()[p] for n, t in zip(("document", "offset"), documents)}
-        cells = p * M + f
-        def window(at): return windows_at(tokens, cells, a, M, p[at], f[at], *self.window)
+        window = Windows(tokens, p, f, a, *self.window)
         size, chance = a.abs().double(), random_keys(f, entry["position"], entry["mark"], seed=self.seed)
         self.top.offer(f, window, **entry | dict(key=size) | ({} if documents is None else dict(mark=scramble(entry["document"] + self.salt))))
         for store, group, key in ((self.spare, f, size), (self.sample, f, chance), (self.strata, stratum, chance)): store.offer(group, window, key=key, **entry)

@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from ..sae import loops
+from ..sae.loops import loop
 
 # %% auto #0
-__all__ = ['octaves', 'per_octave', 'n_bins', 'bin_of', 'bin_middle', 'scramble', 'random_keys', 'window_marks', 'best_of',
-           'Best', 'windows_at', 'TokenSample']
+__all__ = ['octaves', 'per_octave', 'n_bins', 'bin_of', 'bin_middle', 'scramble', 'random_keys', 'window_marks', 'Windows',
+           'best_of', 'Best', 'TokenSample']
 
 # %% ../../nbs/interpret/00_streams.ipynb #6e672599
 octaves, per_octave = (-12, 12), 4
@@ -62,6 +65,32 @@ def window_marks(
     for j in range(before + 1): mark = mark * 0x2545F4914F6CDD1D + padded[:, j:j + tokens.shape[1]]
     return scramble(mark)
 
+# %% ../../nbs/interpret/00_streams.ipynb #cd201c8d
+class Windows:
+    "A batch of contexts with the list of what fires in it, from which windows are cut when somebody needs them."
+    def __init__(self,
+        tokens:Tensor, # (contexts, positions) ids
+        p:Tensor, # (n,) position in the batch of each activation that is not zero, ascending
+        f:Tensor, # (n,) its latent, ascending within a position
+        a:Tensor, # (n,) the activation
+        before:int, # tokens before the one in the middle
+        after:int, # tokens after it
+    ):
+        self.tokens, self.p, self.f, self.a, self.before, self.after = tokens, p, f, a, before, after
+        self.width = int(f.max()) + 1 if len(f) else 1
+        self.cells = p * self.width + f # ascending
+
+    def __call__(self,
+        at:Tensor, # (m,) numbers of activations
+    ) -> tuple[Tensor, Tensor]: # ids, −1 outside of the context, and activations of the same latent: (m, before+1+after) each
+        "Cut out windows that do not leave their context."
+        T, p = self.tokens.shape[1], self.p[at]
+        t = (p % T)[:, None] + torch.arange(-self.before, self.after + 1, device=p.device)
+        inside, q = (t >= 0) & (t < T), (p // T * T)[:, None] + t.clamp(0, T - 1)
+        cell = q * self.width + self.f[at][:, None]
+        where = torch.searchsorted(self.cells, cell).clamp_max(len(self.cells) - 1)
+        return self.tokens.flatten()[q].where(inside, -1), self.a[where].where((self.cells[where] == cell) & inside, 0)
+
 # %% ../../nbs/interpret/00_streams.ipynb #2d6c07a1
 def best_of(
     group:Tensor, # (n,) int64
@@ -85,6 +114,35 @@ def best_of(
     return order[rank < k], rank[rank < k]
 
 # %% ../../nbs/interpret/00_streams.ipynb #bc3f4ff4
+@loop
+def _insert(lo, hi, group, key, value, position, mark, document, offset, p, f, T, before, ids, ends, bits, K, V, P, M, D, O, W, A):
+    "Put entries of the groups lo … hi into their rows, which are sorted, one by one."
+    k, width = W.shape[1], W.shape[2]
+    for i in range(len(group)):
+        g, x = group[i], key[i]
+        if g < lo or g >= hi or x < K[g, k - 1]: continue
+        r = 0
+        while r < k - 1 and K[g, r] >= 0 and M[g, r] != mark[i]: r += 1       # the same again, an empty place, or the weakest
+        if K[g, r] > x or K[g, r] == x and P[g, r] <= position[i]: continue
+        while r > 0 and (K[g, r - 1] < x or K[g, r - 1] == x and P[g, r - 1] > position[i]):
+            K[g, r], V[g, r], P[g, r], M[g, r], D[g, r], O[g, r] = K[g, r - 1], V[g, r - 1], P[g, r - 1], M[g, r - 1], D[g, r - 1], O[g, r - 1]
+            for j in range(width): W[g, r, j] = W[g, r - 1, j]; A[g, r, j] = A[g, r - 1, j]
+            r -= 1
+        K[g, r], V[g, r], P[g, r], M[g, r], D[g, r], O[g, r] = x, value[i], position[i], mark[i], document[i], offset[i]
+        t, base = p[i] % T, p[i] // T * T
+        for j in range(width):
+            W[g, r, j] = -1; A[g, r, j] = 0
+            if t + j < before or t + j - before >= T: continue
+            q = base + t + j - before
+            W[g, r, j] = ids[q]
+            first, last = (ends[q - 1] if q > 0 else 0), ends[q]
+            while first < last:
+                mid = (first + last) // 2
+                if f[mid] < f[i]: first = mid + 1
+                else: last = mid
+            if first < ends[q] and f[first] == f[i]: A[g, r, j] = bits[first]
+
+# %% ../../nbs/interpret/00_streams.ipynb #77c591b8
 class Best:
     "For each of many groups the entries with the largest keys, with the window of tokens around each."
     fields = ("key", "value", "position", "mark", "document", "offset", "tokens", "acts")
@@ -105,11 +163,12 @@ class Best:
 
     def offer(self,
         group:Tensor, # (n,) int64
-        window:Callable[[Tensor], tuple[Tensor, Tensor]], # entry numbers (m,) → tokens and activations (m, width)
+        window:Callable[[Tensor], tuple[Tensor, Tensor]], # entry numbers (m,) → tokens and activations (m, width); `Windows` or another
         **entry:Tensor, # (n,) each: key ≥ 0, value, position, mark, and if known document and offset
     ) -> None:
         "Let entries in if they are good enough."
         if not (k := self.key.shape[1]): return
+        if isinstance(window, Windows) and loops.compiled() and self.key.device.type == "cpu": return self._insert(group, window, entry)
         at = (entry["key"] >= self.key[:, -1].index_select(0, group)).nonzero().squeeze(1)
         if not len(at): return
         at = at[best_of(group[at], entry["key"][at], entry["position"][at], entry["mark"][at], k)[0]]
@@ -118,6 +177,13 @@ class Best:
         for first in range(0, len(touched), per):
             lo, hi = torch.searchsorted(row, torch.tensor([first, first + per], device=row.device)).tolist()
             self._enter(touched[first:first + per], row[lo:hi] - first, at[lo:hi], entry, window)
+
+    def _insert(self, group, window, entry): # the same by a compiled loop
+        unknown = torch.full_like(group, -1)
+        new = [entry.get(k, unknown).to(t).numpy() for k, t in zip(self.fields, (torch.float64, torch.float32, *[torch.long] * 4))]
+        ends = torch.bincount(window.p, minlength=window.tokens.numel()).cumsum(0)
+        loops.run("_insert", loops.cut(len(self.key)), group.numpy(), *new, window.p.numpy(), window.f.numpy(), window.tokens.shape[1], window.before, window.tokens.flatten().numpy(), ends.numpy(),
+                  window.a.bfloat16().view(torch.int16).numpy(), *(getattr(self, k).numpy() for k in self.fields[:7]), self.acts.view(torch.int16).numpy())
 
     def _enter(self, touched, row, at, entry, window): # merge entries `at`, of groups touched[row], with what these groups have
         full = self.key[touched] >= 0                                                                      # (touched, k) entries that are there
@@ -171,26 +237,6 @@ class Best:
     def nbytes(self) -> int:
         "Bytes it takes, whatever the number of entries offered."
         return sum(getattr(self, f).nbytes for f in self.fields)
-
-# %% ../../nbs/interpret/00_streams.ipynb #cd201c8d
-def windows_at(
-    tokens:Tensor, # (contexts, positions) ids
-    cells:Tensor, # (n,) cell position·d_sae + latent of each activation that is not zero, ascending
-    acts:Tensor, # (n,) those activations
-    d_sae:int, # latents
-    p:Tensor, # (m,) positions in the batch
-    f:Tensor, # (m,) latents
-    before:int, # tokens before p
-    after:int, # tokens after p
-) -> tuple[Tensor, Tensor]: # ids, −1 outside of the context, and activations of latent f: (m, before+1+after) each
-    "Cut out windows that do not leave their context."
-    T = tokens.shape[1]
-    t = (p % T)[:, None] + torch.arange(-before, after + 1, device=p.device)
-    inside, at = (t >= 0) & (t < T), (p // T * T)[:, None] + t.clamp(0, T - 1)
-    cell = at * d_sae + f[:, None]
-    where = torch.searchsorted(cells, cell).clamp_max(max(0, len(cells) - 1))
-    there = (cells[where] == cell) & inside if len(cells) else torch.zeros_like(inside)
-    return tokens.flatten()[at].where(inside, -1), acts[where].where(there, 0) if len(cells) else acts.new_zeros(at.shape)
 
 # %% ../../nbs/interpret/00_streams.ipynb #d24a7d58
 class TokenSample:
