@@ -18,243 +18,22 @@ from ..data.activations import keep_mask
 from ..data.lm import LanguageModel, Site
 from ..data.store import fingerprint
 from ..data.text import check_context_size, stream_contexts, text_kind, texts
-from .contexts import Context, Latent, Stratum, token_strings, visible  # noqa: F401  (`visible` is looked for here, too)
+from .contexts import Context, Latent, Stratum, token_strings, visible  # noqa: F401  (looked for here, too)
+from .reading import latent_at, latents_of, token_index
 from .relations import co_activation, decoder_neighbours, final_gain, logit_effects  # noqa: F401
-from .store import describe, model_fingerprint, read_tensors, sae_fingerprint, write_tensors
-from .streams import Best, TokenSample, Windows, bin_middle, bin_of, n_bins, random_keys, scramble, window_marks
+from .store import describe, model_fingerprint, read_tensors, sae_fingerprint, whose, write_tensors
+from .streams import Best, bin_middle, bin_of, n_bins, random_keys  # noqa: F401
+from .tally import Tally
 from ..sae.model import SAE
 from ..sae.sparse import Active, encode_sparse
 
 # %% auto #0
-__all__ = ['n_cells', 'n_pre', 'pre_range', 'per_unit', 'ruler_cell', 'joined', 'threshold_unit', 'listed', 'LatentStats',
-           'strongest', 'latent_at', 'token_index', 'latents_of', 'relate', 'whose', 'check', 'save_stats',
-           'load_stats', 'batches_of', 'collect', 'take', 'used_tokens', 'resumed', 'selectivity', 'interesting']
+__all__ = ['LatentStats', 'relate', 'check', 'save_stats', 'load_stats', 'batches_of', 'collect', 'take', 'used_tokens',
+           'resumed', 'selectivity', 'interesting']
 
 # %% ../../nbs/interpret/01_latents.ipynb #a1338047
-n_cells = 8 # of the ruler
-n_pre, pre_range = 64, (-2., 2.) # bins of (z − θ)/unit
-per_unit = n_pre / (pre_range[1] - pre_range[0])
-
-
-def ruler_cell(
-    a:Tensor, # (n,) magnitudes
-    exponent:Tensor, # (n,) of the ruler's end s = 2^e > a
-) -> Tensor: # (n,) 0 … n_cells−1
-    "Find the cell of each activation on a ruler from 0 to 2^e."
-    return torch.ldexp(a, 3 - exponent).floor().long().clamp(0, n_cells - 1)
-
-
-def joined(
-    old:Tensor, # (m,) exponents of rulers
-    new:Tensor, # (m,) exponents at least as large
-) -> Tensor: # (m, n_cells) where each cell goes when the ruler gets longer
-    "Map the cells of short rulers to those of longer ones."
-    return torch.arange(n_cells, device=old.device) >> (new - old).clamp(0, 3).long()[:, None]
-
-
-def threshold_unit(
-    threshold:Tensor|None, # (d_sae,) θ
-) -> Tensor|None: # (d_sae,) what pre-activations around θ are measured in: θ, or the median where it is 0; None where all are
-    "Choose the unit of the histogram around the threshold."
-    if threshold is None or not (threshold > 0).any(): return None
-    return threshold.where(threshold > 0, threshold[threshold > 0].median())
-
-# %% ../../nbs/interpret/01_latents.ipynb #f7f911b5
-def listed(
-    acts:Tensor|Active, # (contexts, positions, d_sae), or the list of what fires on contexts·positions tokens
-    keep:Tensor, # (contexts·positions,) bool
-    shape:tuple[int, int, int], # contexts, positions, d_sae
-) -> tuple[Tensor, Tensor, Tensor]: # (n,) position in the batch, latent, activation of everything that fires and counts
-    "Make a list of a table, leave out what does not count, and refuse what is not a number."
-    B, T, M = shape
-    given = tuple(acts.shape)
-    if given != ((B * T, M) if isinstance(acts, Active) else shape): raise ValueError(f"Activations of shape {given} for tokens of shape {(B, T)} and {M} latents: expected {shape}.")
-    if isinstance(acts, Active): p, f, a = (t.to(keep.device) for t in acts[:3])
-    else:
-        table = acts.flatten(0, 1).to(keep.device)
-        p, f = table.nonzero(as_tuple=True)
-        a = table[p, f]
-    if not bool(keep.all()): good = keep[p]; p, f, a = p[good], f[good], a[good]
-    if not bool(a.isfinite().all()):
-        i = int((~a.isfinite()).nonzero()[0])
-        raise ValueError(f"The activation of latent {int(f[i])} at context {int(p[i]) // T}, position {int(p[i]) % T} is {float(a[i])}: no statistics can be made of that, look for its cause in the model or the SAE.")
-    return p, f, a
-
-# %% ../../nbs/interpret/01_latents.ipynb #87d89d98
-class LatentStats:
+class LatentStats(Tally):
     "One-pass statistics of all latents of an SAE; the size does not depend on the number of tokens, and two of them can be merged."
-    sums = ("count", "sum", "sum_sq", "hist", "pre", "strata_count") # add up
-    stores = ("top", "spare", "sample", "strata") # of contexts
-    found = ("effects", "effect_values", "neighbours", "neighbour_cosine", "partners", "partner_score") # by `relate`
-
-    def __init__(self,
-        d_sae:int, # number of latents
-        top_k:int=20, # strongest contexts kept per latent
-        sample:int=10, # random contexts kept per latent
-        window:tuple[int, int]=(10, 5), # tokens before and after the one where it fires
-        seed:int=0, # of the random contexts
-        device:torch.device|str="cpu", # where the statistics live
-        threshold:Tensor|None=None, # (d_sae,) θ in the units of the activations, if there is one
-        strata:int=3, # random contexts kept per interval of activations
-        room:int|None=None, # entries of the sample of whole tokens, for partners; default: 128 per latent, at least a million
-    ):
-        if top_k < 1 or sample < 0 or strata < 0 or min(window) < 0: raise ValueError(f"top_k={top_k}, sample={sample}, strata={strata}, window={window}: at least one context, and no negative number.")
-        self.d_sae, self.window, self.seed, self.device = d_sae, tuple(window), seed, torch.device(device)
-        self.tokens = self.contexts = self.pre_tokens = 0 # positions that counted; contexts seen; positions whose pre-activations were counted
-        self.salt = 0 # tells documents of one corpus from those of another
-        self.threshold = None if threshold is None else threshold.detach().float().to(device).clone()
-        self.pre_unit = threshold_unit(self.threshold) # (d_sae,) in activation space
-        self.count, self.sum, self.sum_sq, self.peak = (torch.zeros(d_sae, dtype=t, device=device) for t in (torch.long, torch.float64, torch.float64, torch.float32))
-        self.hist, self.pre, self.strata_count = (torch.zeros(d_sae, n, dtype=torch.long, device=device) for n in (n_bins, 0 if self.pre_unit is None else n_pre, n_cells))
-        self.exponent = torch.full((d_sae,), -200, dtype=torch.int32, device=device) # of each latent's ruler
-        k = dict(top=top_k, spare=(top_k + 1) // 2, sample=sample, strata=strata)
-        self.top, self.spare, self.sample, self.strata = (Best(d_sae * (n_cells if s == "strata" else 1), k[s], sum(window) + 1, device) for s in self.stores)
-        self.lists = TokenSample(max(2**20, 128 * d_sae) if room is None else room, device)
-        self.strings: dict[int, str] = {} # token id → text
-        self.effects = self.effect_values = self.neighbours = self.neighbour_cosine = self.partners = self.partner_score = None
-        self.about: dict[str, Any] = {} # model, site, text, …
-
-    def _sums(self, f:Tensor, a:Tensor) -> Tensor: # add up everything that is a sum → (n,) stratum of each entry
-        def add(to, at, what): to.view(-1).scatter_add_(0, at, what)
-        one, size, wide = torch.ones_like(f), a.abs().float(), a.double()
-        add(self.count, f, one); add(self.sum, f, wide); add(self.sum_sq, f, wide * wide)
-        add(self.hist, f * n_bins + bin_of(size), one)
-        if self.pre_unit is not None:
-            b = n_pre // 2 + ((a.float() - self.threshold[f]) / self.pre_unit[f] * per_unit).floor().clamp(0, n_pre).long()
-            add(self.pre, (f * n_pre + b)[b < n_pre], one[b < n_pre])
-        self.peak.scatter_reduce_(0, f, size, "amax")
-        self._lengthen(torch.frexp(self.peak).exponent.where(self.peak > 0, self.exponent))
-        group = f * n_cells + ruler_cell(size, self.exponent[f])
-        add(self.strata_count, group, one)
-        return group
-
-    def _lengthen(self, exponent:Tensor) -> None: # of each latent's ruler
-        rows = (exponent > self.exponent).nonzero().squeeze(1)
-        to = joined(self.exponent[rows], exponent[rows])
-        self.exponent[rows] = exponent[rows]
-        counts = self.strata_count[rows]
-        self.strata_count[rows] = torch.zeros_like(counts).scatter_add_(1, to, counts)
-        groups = rows[:, None] * n_cells + torch.arange(n_cells, device=rows.device)
-        for g, t in zip(groups.split(2048), (rows[:, None] * n_cells + to).split(2048)):
-            at, e = self.strata.entries(g.flatten())
-            self.strata.clear(g.flatten())
-            self.strata.add(t.flatten()[at], e)
-
-    @torch.no_grad()
-    def update(self,
-        tokens:Tensor, # (contexts, positions) ids
-        acts:Tensor|Active, # (contexts, positions, d_sae) activations, or the list of those that are not zero
-        keep:Tensor|None=None, # (contexts, positions) bool: which positions count; default: all
-        first:int|None=None, # number of the first context in the corpus; default: go on counting
-        documents:tuple[Tensor, Tensor]|None=None, # (contexts, positions) each: number of the document, place in it
-    ) -> None:
-        "Add a batch of contexts."
-        (B, T), M, device = tokens.shape, self.d_sae, self.device
-        tokens, first = tokens.to(device), self.contexts if first is None else first
-        keep = (torch.ones(B, T, dtype=torch.bool) if keep is None else keep).to(device).flatten()
-        p, f, a = listed(acts, keep, (B, T, M))
-        stratum = self._sums(f, a)
-        self.tokens, self.contexts = self.tokens + int(keep.sum()), max(self.contexts, first + B)
-        where, mark = torch.arange(B * T, device=device) + first * T, window_marks(tokens, self.window[0]).flatten()
-        self.lists.offer(random_keys(where, mark, seed=self.seed + 1)[keep], torch.bincount(p, minlength=B * T)[keep], f)
-        entry = dict(value=a, position=where[p], mark=mark[p])
-        if documents is not None: entry |= {n: t.to(device).flatten()[p] for n, t in zip(("document", "offset"), documents)}
-        window = Windows(tokens, p, f, a, *self.window)
-        size, chance = a.abs().double(), random_keys(f, entry["position"], entry["mark"], seed=self.seed)
-        self.top.offer(f, window, **entry | dict(key=size) | ({} if documents is None else dict(mark=scramble(entry["document"] + self.salt))))
-        for store, group, key in ((self.spare, f, size), (self.sample, f, chance), (self.strata, stratum, chance)): store.offer(group, window, key=key, **entry)
-        self.__dict__.pop("index", None)
-
-    @torch.no_grad()
-    def update_pre(self,
-        z:Tensor, # (tokens, d_sae) pre-activations on a random sample of tokens, in the units of the activations
-    ) -> None:
-        "Count pre-activations at and below the threshold; those above are counted with the activations."
-        if self.pre_unit is None: raise ValueError("Pre-activations are counted around a threshold, and these statistics have none: make them with threshold=sae.threshold.")
-        self.pre_tokens += len(z)
-        base = torch.arange(self.d_sae, device=self.device) * n_pre
-        for part in z.to(self.device).float().split(max(1, 2**20 // self.d_sae)):
-            b = (((part - self.threshold) / self.pre_unit - pre_range[0]) * per_unit).floor().clamp(-1, n_pre // 2 - 1).long()
-            below = (part <= self.threshold) & (b >= 0)
-            self.pre.view(-1).scatter_add_(0, (b.clamp_min_(0) + base).flatten(), below.long().flatten())
-
-    def merge(self,
-        other:LatentStats, # of the same SAE on other text
-    ) -> LatentStats: # itself
-        "Add what another one has seen."
-        for k in ("d_sae", "window", "seed"):
-            if getattr(self, k) != getattr(other, k): raise ValueError(f"These statistics differ in {k} ({getattr(self, k)} and {getattr(other, k)}) and cannot be merged.")
-        names = [s.about.get("fingerprint") for s in (self, other)]
-        if all(names) and names[0] != names[1]: raise ValueError(f"These statistics belong to {whose(self.about)} and to {whose(other.about)}: they cannot be merged.")
-        at = self.device
-        if (self.threshold is None) != (other.threshold is None) or self.threshold is not None and not torch.equal(self.threshold, other.threshold.to(at)):
-            raise ValueError("These statistics differ in the thresholds of the latents, so they belong to different SAEs, and cannot be merged.")
-        self._lengthen(torch.maximum(self.exponent, theirs := other.exponent.to(at)))
-        to = joined(theirs, self.exponent) + torch.arange(self.d_sae, device=at)[:, None] * n_cells
-        self.strata_count.view(-1).scatter_add_(0, to.flatten(), other.strata_count.to(at).flatten())
-        for k in self.sums[:-1]: setattr(self, k, getattr(self, k) + getattr(other, k).to(at))
-        self.peak = torch.maximum(self.peak, other.peak.to(at))
-        for k in ("top", "spare", "sample"): getattr(self, k).merge(getattr(other, k))
-        self.strata.merge(other.strata, to.flatten())
-        self.lists.merge(other.lists)
-        self.tokens, self.pre_tokens, self.contexts = self.tokens + other.tokens, self.pre_tokens + other.pre_tokens, max(self.contexts, other.contexts)
-        self.strings |= other.strings
-        for k in self.found[:4]: setattr(self, k, getattr(other, k) if getattr(self, k) is None else getattr(self, k))
-        self.__dict__.pop("index", None)
-        return relate(self) if self.partners is not None or other.partners is not None else self
-
-    @property
-    def alive(self) -> Tensor:
-        "(d_sae,) bool: it has fired."
-        return self.count > 0
-    @property
-    def dense(self) -> Tensor:
-        "(d_sae,) bool: it fires on more than a tenth of the tokens."
-        return self.frequency > .1
-    @property
-    def frequency(self) -> Tensor:
-        "(d_sae,) share of tokens on which each latent fires."
-        return self.count.double() / max(self.tokens, 1)
-    @property
-    def mean(self) -> Tensor:
-        "(d_sae,) mean of its activations where it fires; NaN for a dead latent."
-        return self.sum / self.count
-    @property
-    def std(self) -> Tensor:
-        "(d_sae,) standard deviation of the same."
-        return (self.sum_sq / self.count - self.mean**2).clamp_min(0).sqrt()
-    @property
-    def max(self) -> Tensor:
-        "(d_sae,) largest activation, by magnitude; 0 for a dead latent."
-        return self.peak
-    @property
-    def pre_edges(self) -> Tensor:
-        "(n_pre + 1,) edges of the bins around the threshold, as (z − θ)/unit."
-        return torch.linspace(*pre_range, n_pre + 1)
-    @property
-    def pre_hist(self) -> Tensor|None:
-        "(d_sae, n_pre) counts of pre-activations per bin: exact above the threshold, below it estimated from `pre_tokens` of the `tokens`; None without a threshold."
-        return self.pre_counts(slice(None))
-
-    def pre_counts(self,
-        i:int|slice, # one latent, or some
-    ) -> Tensor|None: # (n_pre,) or (…, n_pre) int64
-        "The same for a part of the latents."
-        if self.pre_unit is None or not self.pre_tokens: return None
-        below, above = self.pre[i].tensor_split(2, dim=-1)
-        return torch.cat([(below * (self.tokens / self.pre_tokens)).round().long(), above], -1)
-
-    def quantile(self,
-        q:float, # 0 to 1
-    ) -> Tensor: # (d_sae,)
-        "Read a quantile of each latent's activations off the histogram, to 9 %."
-        return bin_middle((self.hist.cumsum(1) < (q * self.count)[:, None]).sum(1).clamp_max(n_bins - 1))
-
-    @property
-    def nbytes(self) -> int:
-        "Bytes that the statistics take; they do not depend on the number of tokens."
-        return sum(getattr(self, k).nbytes for k in self.stores) + sum(getattr(self, k).nbytes for k in (*self.sums, "peak", "exponent")) + sum(t.nbytes for k in self.found if (t := getattr(self, k)) is not None) + self.lists.nbytes
-
     @cached_property
     def index(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         "Which latents have a token at the centre of their contexts: see `token_index`."
@@ -264,7 +43,7 @@ class LatentStats:
         token:str|int, # text, with its leading space if it has one, or an id
     ) -> list[tuple[int, int, float]]: # latent, number of its kept contexts with that token at the centre, and the share of its contexts; best first
         "Look up the latents that fire on a token."
-        return latents_of(self, token)
+        return latents_of(self, token, self.index)
 
     def relate(self,
         sae:SAE|None=None, # for neighbours and logit effects
@@ -313,99 +92,9 @@ class LatentStats:
         "Open what `save` wrote; latents are read when they are looked at."
         return load_stats(folder)
 
-    def __len__(self) -> int: return self.d_sae
-    def __repr__(self) -> str:
-        return f"LatentStats({self.d_sae} latents, {int(self.alive.sum())} alive on {self.tokens:,} tokens, L0 {float(self.frequency.sum()):.1f})"
-
     def __getitem__(self, i:int) -> Latent:
         if not -self.d_sae <= i < self.d_sae: raise IndexError(f"There are {self.d_sae} latents, 0 to {self.d_sae - 1}: no latent {i}.")
         return latent_at(self, int(i) % self.d_sae)
-
-# %% ../../nbs/interpret/01_latents.ipynb #953d3ec8
-def _contexts(
-    stats:LatentStats, # what was collected
-    best:Best, # one of its stores
-    i:int, # group
-) -> list[Context]: # what is there
-    "Turn entries into contexts."
-    out, (_, e) = [], best.entries(slice(i, i + 1))
-    for j, ids in enumerate(e["tokens"].tolist()):
-        a = next(k for k, t in enumerate(ids) if t >= 0)
-        b = len(ids) - next(k for k, t in enumerate(reversed(ids)) if t >= 0)
-        place = [None if (n := int(e[k][j])) < 0 else n for k in ("document", "offset")]
-        out.append(Context(float(e["value"][j]), int(e["position"][j]), stats.window[0] - a, ids[a:b], [stats.strings.get(t, f"⟨{t}⟩") for t in ids[a:b]], e["acts"][j, a:b].tolist(), *place))
-    return out
-
-
-def strongest(
-    stats:LatentStats, # what was collected
-    i:int, # latent
-) -> list[Context]: # at most `top_k`, the strongest first
-    "Choose the strongest contexts: one per document as long as there are documents, and no window twice."
-    all_ = {c.position: c for store in (stats.top, stats.spare) for c in _contexts(stats, store, i)}
-    ranked, k = sorted(all_.values(), key=lambda c: (-abs(c.value), c.position)), stats.top.key.shape[1]
-    chosen, seen = [], set()
-    for strict in (True, False):
-        for c in ranked:
-            window, document = (c.at, *c.ids[:c.at + 1]), None if c.document is None else f"document {c.document}"
-            if len(chosen) == k or window in seen or strict and document in seen: continue
-            chosen.append(c); seen |= {window, document} - {None}
-    return sorted(chosen, key=lambda c: (-abs(c.value), c.position))
-
-
-def latent_at(
-    stats:LatentStats, # what was collected
-    i:int, # which latent, from 0
-) -> Latent: # what is known about it
-    "Gather everything about one latent."
-    def pairs(ids, values): return [] if ids is None else [(j, v) for j, v in zip(ids[i].tolist(), values[i].tolist()) if j >= 0]
-    n, s = int(stats.count[i]), float(stats.sum[i])
-    mean = s / n if n else float("nan")
-    effects = [[stats.strings.get(t, f"⟨{t}⟩") for t in side] for side in stats.effects[i].tolist()] if stats.effects is not None else [[], []]
-    by, width, strata = stats.effect_values[i].tolist() if stats.effect_values is not None else [[], []], 2.**int(stats.exponent[i]) / n_cells, []
-    for c in reversed(range(n_cells)):
-        if m := int(stats.strata_count[i, c]): strata.append(Stratum(c * width, min((c + 1) * width, float(stats.peak[i])), m, _contexts(stats, stats.strata, i * n_cells + c)))
-    return Latent(i, n / max(stats.tokens, 1), mean, max(0., float(stats.sum_sq[i]) / n - mean**2)**.5 if n else mean, float(stats.peak[i]), stats.hist[i], strongest(stats, i), _contexts(stats, stats.sample, i),
-                  *effects, *by, None if stats.threshold is None else float(stats.threshold[i]), stats.pre_counts(i), strata, pairs(stats.neighbours, stats.neighbour_cosine), pairs(stats.partners, stats.partner_score))
-
-# %% ../../nbs/interpret/01_latents.ipynb #63a7c479
-def token_index(
-    stats:LatentStats, # what was collected
-) -> tuple[Tensor, Tensor, Tensor, Tensor]: # (n,) int32 token, ascending; (n,) int32 latent; (n,) int32 contexts; (d_sae,) int32 contexts kept per latent
-    "Turn the lists of contexts round: which latents have a token at their centre."
-    parts, kept, step = [], torch.zeros(stats.d_sae, dtype=torch.int32), 8192
-    for first in range(0, stats.d_sae, step):
-        latent, position, token = [], [], []
-        for name in stats.stores:
-            n, best = n_cells if name == "strata" else 1, getattr(stats, name)
-            rows = slice(first * n, (first + step) * n)
-            full = best.key[rows] >= 0
-            latent.append(full.nonzero()[:, 0] // n); position.append(best.position[rows][full]); token.append(best.tokens[rows, :, stats.window[0]][full])
-        l, p, t = (torch.cat(x).cpu().long() for x in (latent, position, token))
-        order = scramble(l + scramble(p)).argsort()                                          # a place that is in several lists counts once
-        h = scramble(l + scramble(p))[order]
-        order = order[torch.cat([torch.ones(min(1, len(h)), dtype=torch.bool), h[1:] != h[:-1]])]
-        pair, count = (t[order] * stats.d_sae + l[order] + first).unique(return_counts=True)
-        parts.append((pair, count.int()))
-        kept[first:first + step] = torch.bincount(l[order], minlength=min(step, stats.d_sae - first)).int()
-    pair, count = (torch.cat(x) for x in zip(*parts))
-    order = pair.argsort()
-    return (pair[order] // stats.d_sae).int(), (pair[order] % stats.d_sae).int(), count[order], kept
-
-
-def latents_of(
-    stats:LatentStats, # what was collected
-    token:str|int, # text, with its leading space if it has one, or an id
-) -> list[tuple[int, int, float]]: # latent, number of its kept contexts with that token at the centre, and the share of its contexts; best first
-    "Look up the latents that fire on a token; text that is no token is looked up without regard to spaces around it."
-    if isinstance(token, str): ids = [t for t, s in stats.strings.items() if s == token] or [t for t, s in stats.strings.items() if s.strip() and s.strip() == token.strip()]
-    else: ids = [int(token)]
-    tokens, latents, counts, kept = stats.index
-    found: dict[int, int] = {}
-    for t in ids:
-        a, b = torch.searchsorted(tokens, torch.tensor([t, t + 1], dtype=tokens.dtype)).tolist()
-        for l, c in zip(latents[a:b].tolist(), counts[a:b].tolist()): found[l] = found.get(l, 0) + c
-    return sorted(((l, c, c / int(kept[l])) for l, c in found.items()), key=lambda x: (-x[1], -x[2], x[0]))
 
 # %% ../../nbs/interpret/01_latents.ipynb #83fa76eb
 @torch.no_grad()
@@ -420,14 +109,6 @@ def relate(
     if sae is not None and k: stats.neighbours, stats.neighbour_cosine = decoder_neighbours(sae, k)
     if k: stats.partners, stats.partner_score = co_activation(stats.lists, stats.d_sae, k)
     return stats
-
-
-def whose(
-    about:dict[str, Any], # of statistics
-) -> str: # words
-    "Name the SAE and the model that statistics belong to."
-    mark = about.get("fingerprint") or {}
-    return f"SAE {about.get('sae', 'unknown')} [{mark.get('sae', '?')[:6]}] and model {about.get('model_name') or 'unknown'} [{mark.get('model', '?')[:6]}]"
 
 
 def check(

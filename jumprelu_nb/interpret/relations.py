@@ -14,7 +14,7 @@ from .streams import TokenSample
 from ..sae.model import SAE
 
 # %% auto #0
-__all__ = ['final_gain', 'logit_effects', 'decoder_neighbours', 'co_activation']
+__all__ = ['final_gain', 'top_of_rows', 'logit_effects', 'decoder_neighbours', 'co_activation']
 
 # %% ../../nbs/interpret/00c_relations.ipynb #7631a33e
 @torch.no_grad()
@@ -28,6 +28,23 @@ def final_gain(
     v = 1. - 2.*(torch.arange(lm.d_model, device=lm.device) % 2)
     def norm(x): return norms[-1](x.to(lm.dtype)[None, None])[0, 0].float()
     return (norm(v) - norm(-v)) / 2 * v, bool(torch.allclose(norm(v + 3), norm(v), atol=1e-2))
+
+
+def top_of_rows(
+    x:Tensor, # (n, m) wide rows
+    k:int, # how many of each
+    block:int=64, # columns looked at together
+) -> tuple[Tensor, Tensor]: # (n, k) values, largest first; (n, k) columns
+    "Find the k largest of each row: they lie in the k blocks with the largest maxima, and only those are sorted."
+    n, m = x.shape
+    if m < 4 * k * block: return tuple(x.topk(k))
+    full = m // block
+    maxima = x[:, :full * block].view(n, full, block).amax(-1)
+    at = maxima.topk(k).indices                                                                         # (n, k) blocks
+    columns = (at[:, :, None] * block + torch.arange(block, device=x.device)).flatten(1)
+    if m > full * block: columns = torch.cat([columns, torch.arange(full * block, m, device=x.device).expand(n, -1)], 1)
+    best = x.gather(1, columns).topk(k)
+    return best.values, columns.gather(1, best.indices)
 
 
 @torch.no_grad()
@@ -45,8 +62,8 @@ def logit_effects(
         d = d.to(lm.device).float()
         effect = ((d - d.mean(-1, keepdim=True) if centred else d) * gain) @ W_U.T
         effect -= effect.mean(-1, keepdim=True)
-        up, down = effect.topk(k), effect.topk(k, largest=False)
-        ids.append(torch.stack([up.indices, down.indices], 1).int().cpu()); by.append(torch.stack([up.values, down.values], 1).cpu())
+        (up, most), (down, least) = top_of_rows(effect, k), top_of_rows(-effect, k)
+        ids.append(torch.stack([most, least], 1).int().cpu()); by.append(torch.stack([up, -down], 1).cpu())
     return torch.cat(ids), torch.cat(by)
 
 # %% ../../nbs/interpret/00c_relations.ipynb #ae044329
@@ -61,8 +78,8 @@ def decoder_neighbours(
     for first in range(0, sae.d_sae, rows):
         c = d[first:first + rows] @ d.T
         c[torch.arange(len(c)), torch.arange(first, first + len(c))] = -2.                              # not itself
-        best = c.topk(k)
-        ids.append(best.indices.int().cpu()); cosine.append(best.values.cpu())
+        values, columns = top_of_rows(c, k)
+        ids.append(columns.int().cpu()); cosine.append(values.cpu())
     return torch.cat(ids), torch.cat(cosine)
 
 # %% ../../nbs/interpret/00c_relations.ipynb #2255e308
@@ -82,15 +99,19 @@ def co_activation(
     A = csr_matrix((np.ones(len(at), np.int32), at, np.concatenate([[0], size.cumsum()])), (T, d_sae))
     At, n = A.T.tocsr(), np.bincount(at, minlength=d_sae).astype(np.float64)
     cost = np.asarray(At @ size.astype(np.float64))                                          # pairs that each latent brings
-    block = (cost.cumsum() // 2e6).astype(np.int64)
+    block = np.maximum(cost.cumsum() // 2e6, np.arange(d_sae) * d_sae // 2**24).astype(np.int64)
     for lo, hi in zip(first := np.flatnonzero(np.diff(block, prepend=-1)), [*first[1:], d_sae]):
-        C = (At[lo:hi] @ A).tocoo()
-        good = (C.data >= least) & (C.row + lo != C.col)
-        i, j, c = C.row[good] + lo, C.col[good], C.data[good].astype(np.float64)
+        C = At[lo:hi] @ A
+        row = np.repeat(np.arange(lo, hi), np.diff(C.indptr))
+        good = (C.data >= least) & (row != C.indices)
+        i, j, c = row[good], C.indices[good], C.data[good].astype(np.float64)
         f = (c * T - n[i] * n[j]) / np.sqrt(np.maximum(n[i] * (T - n[i]) * n[j] * (T - n[j]), 1e-9))
-        i, j, f = i[f > 0], j[f > 0], f[f > 0]
-        order = np.lexsort((j, -f, i))
-        i, j, f = i[order], j[order], f[order]
-        rank = np.arange(len(i)) - np.searchsorted(i, i)
-        ids[i[rank < k], rank[rank < k]], phi[i[rank < k], rank[rank < k]] = j[rank < k], f[rank < k]
+        some = np.bincount(i - lo, minlength=hi - lo)
+        table = torch.zeros(hi - lo, max(k, int(some.max())))                               # the candidates of each row, side by side
+        place = np.arange(len(i)) - np.repeat(some.cumsum() - some, some)
+        table[i - lo, place] = torch.from_numpy(f).float()
+        values, columns = top_of_rows(table, k)
+        start = torch.from_numpy((some.cumsum() - some)[:, None])
+        found = torch.from_numpy(np.append(j, -1))[(start + columns).clamp_max(len(j))]
+        phi[lo:hi], ids[lo:hi] = values.clamp_min(0).numpy(), found.where(values > 0, -1).numpy()
     return torch.from_numpy(ids), torch.from_numpy(phi)

@@ -17,7 +17,7 @@ from ..data.store import fingerprint
 from ..sae.model import SAE
 
 # %% auto #0
-__all__ = ['write_tensors', 'read_tensors', 'sae_fingerprint', 'model_fingerprint', 'describe']
+__all__ = ['write_tensors', 'read_tensors', 'sae_fingerprint', 'model_fingerprint', 'describe', 'whose']
 
 # %% ../../nbs/interpret/00d_store.ipynb #652f54c1
 _types = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
@@ -83,3 +83,11 @@ def describe(
     "Name an SAE by its gate, its size and its place."
     about = getattr(sae, "metadata", None) or {}
     return f"{sae.gate.name} {sae.d_in} → {sae.d_sae}" + (f" at {about['site']}" if about.get("site") else "") + (f" ({about['recipe']})" if isinstance(about.get("recipe"), str) else "")
+
+
+def whose(
+    about:dict[str, Any], # of statistics
+) -> str: # words
+    "Name the SAE and the model that statistics belong to."
+    mark = about.get("fingerprint") or {}
+    return f"SAE {about.get('sae', 'unknown')} [{mark.get('sae', '?')[:6]}] and model {about.get('model_name') or 'unknown'} [{mark.get('model', '?')[:6]}]"
