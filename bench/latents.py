@@ -8,8 +8,8 @@ L0 on a sample; latents then fire at very different rates, as those of a trained
 1. runs forward and encoder alone over all batches (the floor);
 2. runs the same batches with the statistics, what `collect` does; the difference in CPU seconds is what the statistics cost;
 3. relates latents (partners, decoder neighbours, effects on logits), saves, opens and looks at latents, each timed alone.
-Memory: bytes that the statistics hold, before and after, and the peak of the resident memory during 2 less what was there after 1 (which has the
-model, the SAE and the encoder's table of pre-activations). Needs Linux for the peak."""
+Memory: bytes that the statistics hold, before and after, and the peak of the resident memory during 2 above that during 1: what the statistics need with
+all that comes and goes while they are updated. Needs Linux for the peak."""
 from __future__ import annotations
 
 import json
@@ -64,6 +64,9 @@ def measure(d_sae:int, tokens:int, a) -> dict:
         start = time.process_time(); floor(batches); bare = time.process_time() - start
         settle()
         before, peaked = status("VmRSS"), reset_peak()
+        floor(batches[:8]); floor_peak = status("VmHWM") - before
+        settle()
+        before, peaked = status("VmRSS"), reset_peak()
         stats, at = fresh(), [time.process_time()]
         empty = stats.nbytes
         for ids, documents in batches: room.take(stats, sae, lm, site, ids, documents); at.append(time.process_time())
@@ -72,7 +75,7 @@ def measure(d_sae:int, tokens:int, a) -> dict:
     later = (at[-1] - at[half]) - bare * (len(batches) - half) / len(batches)
     out = dict(d_sae=d_sae, d_in=sae.d_in, l0=round(float(stats.frequency.sum()), 1), alive=round(float(stats.alive.double().mean()), 3), tokens=n, tokens_per_batch=per * T,
                floor_cpu_s=round(bare, 2), with_statistics_cpu_s=round(whole, 2), tokens_per_second_beyond=round(n / max(whole - bare, 1e-9)), tokens_per_second_beyond_second_half=round(n / 2 / max(later, 1e-9)),
-               statistics_mb=round(stats.nbytes / 2**20, 1), statistics_empty_mb=round(empty / 2**20, 1), peak_mb=round(peak / 2**20, 1) if peaked else None, compiled_loops=loops.compiled())
+               statistics_mb=round(stats.nbytes / 2**20, 1), statistics_empty_mb=round(empty / 2**20, 1), peak_mb=round((peak - floor_peak) / 2**20, 1) if peaked else None, peak_of_floor_mb=round(floor_peak / 2**20, 1) if peaked else None, compiled_loops=loops.compiled())
     def timed(name, f): start = time.perf_counter(); r = f(); out[name] = round(time.perf_counter() - start, 4); return r
     timed("partners_s", lambda: stats.relate())
     if d_sae <= 2**15: timed("neighbours_s", lambda: stats.relate(sae)); timed("logit_effects_s", lambda: stats.relate(sae, lm, k=0))

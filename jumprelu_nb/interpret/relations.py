@@ -39,9 +39,8 @@ def top_of_rows(
     n, m = x.shape
     if m < 4 * k * block: return tuple(x.topk(k))
     full = m // block
-    maxima = x[:, :full * block].view(n, full, block).amax(-1)
-    at = maxima.topk(k).indices                                                                         # (n, k) blocks
-    columns = (at[:, :, None] * block + torch.arange(block, device=x.device)).flatten(1)
+    at = x[:, :full * block].reshape(n, block, full).amax(1).topk(k).indices                              # (n, k) blocks: columns at, at + full, at + 2·full, …
+    columns = (at[:, :, None] + full * torch.arange(block, device=x.device)).flatten(1)
     if m > full * block: columns = torch.cat([columns, torch.arange(full * block, m, device=x.device).expand(n, -1)], 1)
     best = x.gather(1, columns).topk(k)
     return best.values, columns.gather(1, best.indices)
