@@ -78,17 +78,17 @@ def measure(d_sae:int, tokens:int, a) -> dict:
                statistics_mb=round(stats.nbytes / 2**20, 1), statistics_empty_mb=round(empty / 2**20, 1), peak_mb=round((peak - floor_peak) / 2**20, 1) if peaked else None, peak_of_floor_mb=round(floor_peak / 2**20, 1) if peaked else None, compiled_loops=loops.compiled())
     def timed(name, f): start = time.perf_counter(); r = f(); out[name] = round(time.perf_counter() - start, 4); return r
     timed("partners_s", lambda: stats.relate())
-    if d_sae <= 2**15: timed("neighbours_s", lambda: stats.relate(sae)); timed("logit_effects_s", lambda: stats.relate(sae, lm, k=0))
+    if d_sae <= 2**15: timed("neighbours_s", lambda: room.decoder_neighbours(sae)); timed("logit_effects_s", lambda: room.logit_effects(sae, lm))
     stats.strings = room.token_strings(lm, room.used_tokens(stats))
     with tempfile.TemporaryDirectory() as folder:
         path = timed("save_s", lambda: stats.save(folder))
         out["file_mb"] = round(path.stat().st_size / 2**20, 1)
-        del stats; settle(); before = status("VmRSS")
+        del stats; settle(); before = status("RssAnon")
         again = timed("open_s", lambda: LatentStats.load(folder))
         some = torch.randint(d_sae, (50,), generator=torch.Generator().manual_seed(0)).tolist()
         timed("fifty_latents_s", lambda: [again[i].index for i in some])
         timed("latents_of_token_s", lambda: again.latents_of(" import"))
-        out["opened_mb"] = round((status("VmRSS") - before) / 2**20, 1)
+        out["opened_anonymous_mb"] = round((status("RssAnon") - before) / 2**20, 1)
     return out
 
 

@@ -271,8 +271,12 @@ def take(
     x = x.index_select(0, at.to(x.device)).to(sae.device)                                      # (n, d_in) positions that count
     if not bool(x.isfinite().all()): raise ValueError(f"{lm.name} gives NaN or infinity at {site.name}: no statistics can be made of that, try dtype=\"float32\" or \"bfloat16\".")
     active = encode_sparse(sae, x)
-    first = stats.contexts
-    stats.update(ids, Active(at.to(active.tokens.device)[active.tokens], active.latents, active.values, (ids.numel(), sae.d_sae)), keep, documents=documents)
+    p, first, (B, T) = at.to(active.tokens.device)[active.tokens], stats.contexts, ids.shape
+    step = max(1, B * 2**16 // max(1, len(p)))                                                  # contexts that go in at once: what comes and goes meanwhile stays small
+    for c in range(0, B, step):
+        lo, hi = torch.searchsorted(p, torch.tensor([c * T, (c + step) * T], device=p.device)).tolist()
+        part = ids[c:c + step]
+        stats.update(part, Active(p[lo:hi] - c * T, active.latents[lo:hi], active.values[lo:hi], (part.numel(), sae.d_sae)), keep[c:c + step], documents=None if documents is None else tuple(d[c:c + step] for d in documents))
     if stats.pre_unit is None: return
     chosen = random_keys(at + first * ids.shape[1], seed=stats.seed + 2) < 1024 / sae.d_sae         # about 1024 pre-activations per token
     if not bool(chosen.any()): return

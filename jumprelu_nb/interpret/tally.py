@@ -159,7 +159,7 @@ class Tally:
         if self.pre_unit is None: raise ValueError("Pre-activations are counted around a threshold, and these statistics have none: make them with threshold=sae.threshold.")
         self.pre_tokens += len(z)
         base = torch.arange(self.d_sae, device=self.device) * n_pre
-        for part in z.to(self.device).float().split(max(1, 2**20 // self.d_sae)):
+        for part in z.to(self.device).float().split(max(1, 2**18 // self.d_sae)):
             b = (((part - self.threshold) / self.pre_unit - pre_range[0]) * per_unit).floor().clamp(-1, n_pre // 2 - 1).long()
             below = (part <= self.threshold) & (b >= 0)
             self.pre.view(-1).scatter_add_(0, (b.clamp_min_(0) + base).flatten(), below.long().flatten())
