@@ -76,12 +76,12 @@ def measure(d_sae:int, tokens:int, a) -> dict:
     out = dict(d_sae=d_sae, d_in=sae.d_in, l0=round(float(stats.frequency.sum()), 1), alive=round(float(stats.alive.double().mean()), 3), tokens=n, tokens_per_batch=per * T,
                floor_cpu_s=round(bare, 2), with_statistics_cpu_s=round(whole, 2), tokens_per_second_beyond=round(n / max(whole - bare, 1e-9)), tokens_per_second_beyond_second_half=round(n / 2 / max(later, 1e-9)),
                statistics_mb=round(stats.nbytes / 2**20, 1), statistics_empty_mb=round(empty / 2**20, 1), peak_mb=round((peak - floor_peak) / 2**20, 1) if peaked else None, peak_of_floor_mb=round(floor_peak / 2**20, 1) if peaked else None, compiled_loops=loops.compiled())
-    def timed(name, f): start = time.perf_counter(); r = f(); out[name] = round(time.perf_counter() - start, 4); return r
-    timed("partners_s", lambda: stats.relate())
+    def timed(name, f, *args): start = time.perf_counter(); r = f(*args); out[name] = round(time.perf_counter() - start, 4); return r
+    timed("partners_s", stats.relate)
     if d_sae <= 2**15: timed("neighbours_s", lambda: room.decoder_neighbours(sae)); timed("logit_effects_s", lambda: room.logit_effects(sae, lm))
     stats.strings = room.token_strings(lm, room.used_tokens(stats))
     with tempfile.TemporaryDirectory() as folder:
-        path = timed("save_s", lambda: stats.save(folder))
+        path = timed("save_s", stats.save, folder)
         out["file_mb"] = round(path.stat().st_size / 2**20, 1)
         del stats; settle(); before = status("RssAnon")
         again = timed("open_s", lambda: LatentStats.load(folder))
