@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
