@@ -9,8 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from ..sae import loops
-from ..sae.loops import loop
+from ..sae.loops import compiled, cut, loop, run as run_loop
 
 # %% auto #0
 __all__ = ['octaves', 'per_octave', 'n_bins', 'bin_of', 'bin_middle', 'scramble', 'random_keys', 'window_marks', 'Windows',
@@ -167,7 +166,7 @@ class Best:
     ) -> None:
         "Let entries in if they are good enough."
         if not (k := self.key.shape[1]): return
-        if isinstance(window, Windows) and loops.compiled() and self.key.device.type == "cpu": return self._insert(group, window, entry)
+        if isinstance(window, Windows) and compiled() and self.key.device.type == "cpu": return self._insert(group, window, entry)
         at = (entry["key"] >= self.key[:, -1].index_select(0, group)).nonzero().squeeze(1)
         if not len(at): return
         at = at[best_of(group[at], entry["key"][at], entry["position"][at], entry["mark"][at], k)[0]]
@@ -181,7 +180,7 @@ class Best:
         unknown = torch.full_like(group, -1)
         new = [entry.get(k, unknown).to(t).numpy() for k, t in zip(self.fields, (torch.float64, torch.float32, *[torch.long] * 4))]
         ends = torch.bincount(window.p, minlength=window.tokens.numel()).cumsum(0)
-        loops.run("_insert", loops.cut(len(self.key)), group.numpy(), *new, window.p.numpy(), window.f.numpy(), window.tokens.shape[1], window.before, window.tokens.flatten().numpy(), ends.numpy(),
+        run_loop("_insert", cut(len(self.key)), group.numpy(), *new, window.p.numpy(), window.f.numpy(), window.tokens.shape[1], window.before, window.tokens.flatten().numpy(), ends.numpy(),
                   window.a.bfloat16().view(torch.int16).numpy(), *(getattr(self, k).numpy() for k in self.fields[:7]), self.acts.view(torch.int16).numpy())
 
     def _enter(self, touched, row, at, entry, window): # merge entries `at`, of groups touched[row], with what these groups have
