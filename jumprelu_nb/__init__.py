@@ -11,7 +11,7 @@ _public = {  # public name -> the room that holds it
     "Transcoder": "sae.transcoder", "Synthetic": "data.synthetic", "pairs": "data.pairs", "advise": "train.advisor",
     "recovery": "evaluate.recovery", "sweep": "evaluate.sweep", "Frontier": "evaluate.frontier",
 }
-_verbs = ["train", "evaluate"]  # chapters that can be called, see `_callable`
+_verbs = ["train", "evaluate", "browse"]  # chapters that can be called, see `_callable`
 __all__ = [*_public, *_verbs, "__version__"]
 
 

@@ -47,7 +47,7 @@ def log_ticks(
     a, b = math.ceil(math.log10(lo) - 1e-9), math.floor(math.log10(hi) + 1e-9)
     if b - a >= 2: return [10. ** k for k in range(a, b + 1, -(-(b - a + 1) // n))]
     few = [m * 10. ** k for k in range(a - 1, b + 1) for m in (1, 2, 5) if lo * .999 <= m * 10. ** k <= hi * 1.001]
-    return few if len(few) >= 2 else ticks(lo, hi, n)
+    return few if len(few) >= 3 else ticks(lo, hi, n)
 
 # %% ../../nbs/browse/00b_svg.ipynb #a36ccf88
 colours = ("#2f86c1", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#888888")   # readable on white and on black
@@ -68,7 +68,7 @@ class Frame:
         left:int=38, # pixels for the numbers of the vertical axis
     ):
         self.width, self.height, self.titles, self.log = width, height, (x_title, y_title), (log_x, log_y)
-        self.box = (left, 18 if y_title else 8, width - 10, height - (34 if x_title else 20))                        # left, top, right, bottom
+        self.box = (left, 18 if y_title else 14, width - 16, height - (34 if x_title else 20))                        # left, top, right, bottom
         self.range = tuple((float(a), float(b) if b > a else float(a) * (10 if log else 1) + (0 if log else 1)) for (a, b), log in zip((x, y), self.log))
         self.marks: list[str] = []
 
@@ -96,7 +96,7 @@ class Frame:
         px, (_, t, r, b) = self.at(x, self.range[1][0])[0], self.box
         end = px > (self.box[0] + r) / 2
         self.marks.append(f'<line x1="{px}" x2="{px}" y1="{t}" y2="{b}" stroke="{colour}" stroke-width="1.4" stroke-dasharray="4 2"/>'
-                          f'<text x="{px - 4 if end else px + 4}" y="{t + 9 + 12 * row}" style="fill:{colour}" text-anchor="{"end" if end else "start"}">{safe(label)}</text>')
+                          f'<text x="{px - 4 if end else px + 4}" y="{t + (9 if self.titles[1] and not colour.startswith("#d55") else -4) + 12 * row}" style="fill:{colour}" text-anchor="{"end" if end else "start"}">{safe(label)}</text>')
 
     def svg(self,
         label:str, # what the figure shows, for those who cannot see it
@@ -155,6 +155,11 @@ def histogram(
     return f.svg(f"{label}, {sum(counts):,.0f} in all" + "".join(f", {k} at {short(v)}" for k, v in (marks or {}).items()))
 
 # %% ../../nbs/browse/00b_svg.ipynb #b94d1470
+def _legend(f:Frame, names:Sequence[str]) -> str:
+    "Names in their colours, above the frame on the right."
+    return f'<text x="{f.box[2]}" y="10" text-anchor="end">' + " ".join(f'<tspan style="fill:{colours[k % len(colours)]}" dx="{6 if k else 0}">{safe(n, 40)}</tspan>' for k, n in enumerate(names)) + "</text>"
+
+
 def curves(
     lines:Mapping[str, tuple[Sequence[float], Sequence[float]]], # name → x and y values; what is not finite is left out
     marks:Mapping[str, float]|None=None, # label → position of a vertical rule
@@ -172,12 +177,12 @@ def curves(
     good = {n: [(float(x), float(y)) for x, y in zip(*xy) if x is not None and y is not None and math.isfinite(x) and math.isfinite(y) and (x > 0 or not log_x) and (y > 0 or not log_y)] for n, xy in lines.items()}
     xs, ys = ([p[k] for ps in good.values() for p in ps] for k in (0, 1))
     if not xs: return '<div class="s">nothing to draw yet</div>'
-    f = Frame((min(xs), max(xs)), (0. if from_zero else min(ys), max(ys)), width, height, x_title, y_title, log_x, log_y)
+    f = Frame((min(xs), max(xs)), (0. if from_zero else min(ys), max(ys)), width, height, x_title, y_title or " ", log_x, log_y)
     for k, (name, ps) in enumerate(good.items()):
         c, at = colours[k % len(colours)], [f.at(*p) for p in ps]
         f.marks.append(f'<polyline points="{" ".join(f"{x},{y}" for x, y in at)}" fill="none" stroke="{c}" stroke-width="1.8" stroke-linejoin="round"><title>{safe(name)}</title></polyline>')
         if dots: f.marks += [f'<circle cx="{x}" cy="{y}" r="2.6" fill="{c}"><title>{safe(name)}: {short(p[1])} at {short(p[0])}</title></circle>' for (x, y), p in zip(at, ps)]
-        if len(good) > 1: f.marks.append(f'<text x="{f.box[2] - 2}" y="{f.box[1] + 10 + 13 * k}" text-anchor="end" style="fill:{c}">{safe(name)}</text>')
+    if len(good) > 1: f.marks.append(_legend(f, good))
     for row, (name, v) in enumerate((marks or {}).items()): f.rule(v, name, "#888888", row)
     return f.svg(f"curves of {', '.join(good)}" + (f" over {x_title}" if x_title else ""))
 
@@ -189,7 +194,7 @@ def scatter(
     groups:Mapping[str, Sequence[int]]|None=None, # name → indices, drawn in colours of their own; the rest is grey
     names:Sequence[str]|None=None, # (n,) tooltips; default: the index
     chosen:int|None=None, # the index of a point to ring
-    most:int=3000, # points to draw
+    most:int=1500, # points to draw
     log_x:bool=False, # logarithmic
     log_y:bool=False, # logarithmic
     x_title:str="", # below
@@ -206,10 +211,11 @@ def scatter(
     f = Frame(ends(x, log_x), ends(y, log_y), width, height, x_title, y_title, log_x, log_y)
     part = ok[::-(-len(ok) // most)] + ([chosen] if chosen in ok else [])
     colour = {i: colours[k % len(colours)] for k, members in enumerate((groups or {}).values()) for i in members}
-    ring = ' stroke="currentColor" stroke-width="2"'
+    dots:dict[str, list[str]] = {}
     for i in dict.fromkeys(part):
         px, py = f.at(x[i], y[i])
-        f.marks.append(f'<circle cx="{px}" cy="{py}" r="{6 if i == chosen else 2.2}" fill="{colour.get(i, "#888888")}" fill-opacity="{1 if i == chosen else .6}"'
-                       f'{ring if i == chosen else ""}><title>{safe(names[i] if names else i)}</title></circle>')
-    for k, name in enumerate(groups or {}): f.marks.append(f'<text x="{f.box[2] - 2}" y="{f.box[1] + 10 + 13 * k}" text-anchor="end" style="fill:{colours[k % len(colours)]}">{safe(name)}</text>')
+        ring = ' class="chosen" stroke="currentColor" stroke-width="2" fill-opacity="1"' if i == chosen else ""
+        dots.setdefault(colour.get(i, "#888888"), []).append(f'<circle cx="{px}" cy="{py}" r="{6 if ring else 2}"{ring}><title>{safe(names[i] if names else i)}</title></circle>')
+    f.marks += [f'<g fill="{c}" fill-opacity=".6">{"".join(ds)}</g>' for c, ds in dots.items()]
+    if groups: f.marks.append(_legend(f, groups))
     return f.svg(f"{len(ok):,} points, {x_title} and {y_title}") + (f'<div class="s">{len(part):,} of {len(ok):,} drawn</div>' if len(part) < len(ok) else "")

@@ -12,8 +12,8 @@ from html import escape
 from typing import Any
 
 # %% auto #0
-__all__ = ['names', 'hidden', 'levels', 'css', 'widths', 'shown', 'safe', 'tokens_js', 'level', 'shade', 'styled', 'token_html',
-           'context_html']
+__all__ = ['names', 'hidden', 'levels', 'css', 'widths', 'shown', 'safe', 'compact', 'tokens_js', 'level', 'shade', 'styled',
+           'token_html', 'context_html']
 
 # %% ../../nbs/browse/00_tokens.ipynb #fae3f8fb
 names = {"\n": "↵", "\t": "⇥"}   # shown by a sign of their own
@@ -38,6 +38,14 @@ def safe(
 ) -> str: # can stand in HTML, between tags or in a quoted attribute
     "Make a text visible, then escape it."
     return escape(shown(str(text), limit), quote=True)
+
+
+def compact(
+    text:str, # of a token
+    limit:int=30, # characters at most
+) -> str: # HTML
+    "Like `safe`, for a chip: a run of spaces becomes its number."
+    return safe(re.sub(" {3,}", lambda m: f"␣{len(m[0])}", text), limit)
 
 # %% ../../nbs/browse/00_tokens.ipynb #810099a7
 def tokens_js() -> str: # source of `shown(text, limit)`
@@ -81,12 +89,12 @@ css = """
 .jr .box{background:rgba(128,128,128,.07);border-radius:6px;padding:8px 12px}.jr .msg{border-left:3px solid #d55e00;background:rgba(213,94,0,.08);border-radius:0 6px 6px 0;padding:8px 12px;margin:6px 0}
 .jr .facts{display:grid;grid-template-columns:auto 1fr;gap:1px 14px}.jr .facts>:nth-child(odd){opacity:.68}.jr .facts>:nth-child(even){text-align:right}
 .jr .c{display:grid;grid-template-columns:52px minmax(0,1fr);border-bottom:1px solid rgba(128,128,128,.16);padding:3px 0;line-height:1.6}.jr .c>:first-child{text-align:right;padding-right:12px;opacity:.62;font-size:12px}
-.jr .kwic{display:grid;grid-template-columns:minmax(0,11fr) auto minmax(0,7fr);white-space:pre;overflow:hidden}.jr .kwic>*{overflow:hidden}.jr .kwic>:first-child{display:flex;justify-content:flex-end}.jr .kwic>:first-child>span{flex:none}
+.jr .kwic{display:grid;grid-template-columns:minmax(0,56%) minmax(0,1fr);white-space:pre;overflow:hidden}.jr .kwic>*{overflow:hidden}.jr .kwic>:first-child{display:flex;justify-content:flex-end}.jr .kwic>:first-child>span{flex:none}
 .jr .full{white-space:pre-wrap;overflow-wrap:anywhere}.jr .tok{border-radius:2px;padding:1px 0;color:inherit}.jr .peak{font-weight:700;text-decoration:underline;text-underline-offset:3px}
 .jr .chips{display:flex;flex-wrap:wrap;gap:3px}.jr .chip{border-radius:4px;padding:1px 6px;white-space:pre;overflow:hidden;text-overflow:ellipsis;max-width:100%;background:rgba(128,128,128,.13)}.jr .chip small{opacity:.7;padding-left:5px}
 .jr table{border-collapse:collapse;font-size:13px;margin:0}.jr th{font-size:11.5px;font-weight:600;opacity:.68;text-align:left;padding:3px 12px 3px 0;border-bottom:1px solid rgba(128,128,128,.4);background:none}
 .jr td{padding:3px 12px 3px 0;border-bottom:1px solid rgba(128,128,128,.16);text-align:left;background:none;vertical-align:top}.jr .r{text-align:right}.jr .cut{max-width:420px;overflow:hidden;text-overflow:ellipsis;white-space:pre}
-.jr svg{display:block;max-width:100%;height:auto}.jr svg text{fill:currentColor;font-size:11px;font-family:inherit}.jr .text{white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.6}
+.jr svg{display:block;max-width:100%;height:auto}.jr .wide{overflow-x:auto}.jr .wide svg{max-width:none}.jr svg text{fill:currentColor;font-size:11px;font-family:inherit}.jr .text{white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.6}
 """ + _shades
 
 
@@ -133,5 +141,5 @@ def context_html(
     if width == "full": body = f'<div class="full m">{"".join(out)}</div>'
     else:
         lo, hi = (max(0, c.at - 2), c.at + 3) if width == "5" else (max(0, c.at - 10), c.at + 6)
-        body = f'<div class="kwic m"><span>{"".join(out[lo:c.at])}</span><span>{out[c.at]}</span><span>{"".join(out[c.at + 1:hi])}</span></div>'
+        body = f'<div class="kwic m"><span>{"".join(out[lo:c.at])}</span><span>{"".join(out[c.at:hi])}</span></div>'
     return f'<div class="c" dir="ltr"><span>{c.value:.3g}</span>{body}</div>'
