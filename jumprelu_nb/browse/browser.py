@@ -335,9 +335,9 @@ _numbers = itertools.count()
 _widget_css = """
 .jr-root{color:var(--jp-content-font-color1,var(--vscode-editor-foreground,inherit));padding:6px 10px 14px;overflow:visible}
 .jr-root .widget-html-content{line-height:1.5;width:100%;overflow:visible;height:auto}.jr-root .widget-html{height:auto;overflow:visible}
-.jr-root button.widget-toggle-button,.jr-root button.jupyter-button{border-radius:5px;height:28px;line-height:26px;margin:1px 2px 1px 0;padding:0 9px}
+.jr-root .widget-checkbox{align-items:center}.jr-root button.widget-toggle-button,.jr-root button.jupyter-button{border-radius:5px;height:28px;line-height:26px;margin:1px 2px 1px 0;padding:0 9px}
 .jr-root button:focus-visible,.jr-root input:focus-visible,.jr-root select:focus-visible,.jr-root textarea:focus-visible{outline:2px solid #2f86c1;outline-offset:1px}
-.jr-root .widget-toggle-buttons .widget-toggle-button{width:auto!important}.jr-root .widget-toggle-buttons{height:auto;max-width:100%}.jr-root .widget-toggle-buttons>div{flex-wrap:wrap}
+.jr-root .widget-toggle-buttons .widget-toggle-button{width:auto!important}.jr-root .widget-toggle-buttons{height:auto;max-width:100%;display:flex;flex-flow:row wrap;align-items:center}.jr-root .widget-toggle-buttons>label{width:auto!important;margin-right:6px}.jr-root .widget-toggle-buttons>div{flex-wrap:wrap}
 .jr-jumps button.widget-toggle-button,.jr-tokens button.widget-toggle-button{height:24px;line-height:22px;padding:0 6px;font-variant-numeric:tabular-nums}
 .jr-tokens button.widget-toggle-button{font-family:ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:12px;white-space:pre;margin:1px 1px}.jr-tokens button.mod-active{outline:2px solid #2f86c1;font-weight:700;text-decoration:underline}
 .jr-tabs{border-bottom:1px solid rgba(128,128,128,.35);margin:2px 0 8px;padding-bottom:4px}.jr-tabs button.mod-active{font-weight:700;box-shadow:inset 0 -3px #2f86c1}

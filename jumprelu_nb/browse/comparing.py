@@ -83,7 +83,7 @@ def compare_view(
         name_html = f'<a href="{safe(link(f.index), 200)}">{f.index}</a>' if link and f is fa else f.index
         says = chips(f.promoted[:6]) if f.promoted else ""
         return f'<div><div class="h">{safe(name, 40)} · latent {name_html}</div><div class="s">fires on {f.frequency:.3%}, largest {short(f.max)}</div>{says}{contexts_html(f, "top", width, n=n)}</div>'
-    how = "each is the other's best match" if bool(matched.mutual[latent]) else f"latent {j} of {safe(names[1], 40)} has a better match elsewhere"
+    how = "each is the other's best match" if bool(matched.mutual[latent]) else f"latent {j} of <b>{safe(names[1], 40)}</b> has a better match elsewhere"
     return (f'<div class="jr" data-view="compare" data-latent="{latent}" data-match="{j}"><div class="two"><div><table><thead><tr><th></th>{"".join(f"""<th class="r">{safe(x, 24)}</th>""" for x in names)}</tr></thead><tbody>{table}</tbody></table></div>'
             f'<div><div class="t">{float(matched.mutual.float().mean()):.0%} of latents match mutually</div>{figure}</div></div><div class="t">cosine {float(matched.cosine[latent]):.2f}, {how}</div><div class="even">{side(fa, names[0])}{side(fb, names[1])}</div></div>')
 

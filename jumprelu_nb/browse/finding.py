@@ -120,7 +120,7 @@ def search_view(
     theta = own if own is not None else theta
     if not hits:
         asked = f"Nothing found for “{safe(query, 60)}”" if query.strip() else "No latent passes these filters"
-        return f'<div class="jr" data-view="search" data-hits="0"><div class="msg" role="status">{asked}. A search knows the tokens on which kept contexts are centred, the numbers of latents, labels and notes.</div></div>'
+        return f'<div class="jr" data-view="search" data-hits="0" data-query="{safe(query, 60)}"><div class="msg" role="status">{asked}. A search knows the tokens on which kept contexts are centred, the numbers of latents, labels and notes.</div></div>'
     out = []
     for h in hits:
         c = centre_tokens(stats, h.latent).most_common(4)
@@ -133,7 +133,7 @@ def search_view(
         cells = [f"<b>{name}</b>", label, f"{float(stats.frequency[h.latent]):.3%}", short(x.max), short(float(theta[h.latent])) if theta is not None else "–", f'<div class="chips">{words}</div>', f'<div class="cut m">{first}</div>', h.why]
         out.append("<tr>" + "".join(f'<td class="r">{v}</td>' if k in (2, 3, 4) else f"<td>{v}</td>" for k, v in enumerate(cells)) + "</tr>")
     head = "".join(f'<th class="r">{t}</th>' if k in (2, 3, 4) else f"<th>{t}</th>" for k, t in enumerate(("latent", "label", "fires on", "largest", "θ", "centred on", "strongest context", "matched by")))
-    return (f'<div class="jr" data-view="search" data-hits="{many}"><div class="s" aria-live="polite">{many:,} latents{f", the first {len(hits)}" if many > len(hits) else ""}</div>'
+    return (f'<div class="jr" data-view="search" data-hits="{many}" data-query="{safe(query, 60)}"><div class="s" aria-live="polite">{many:,} latents{f", the first {len(hits)}" if many > len(hits) else ""}</div>'
             f'<table dir="ltr"><thead><tr>{head}</tr></thead><tbody>{"".join(out)}</tbody></table></div>')
 
 # %% ../../nbs/browse/00d_finding.ipynb #4c1563bc
@@ -161,7 +161,7 @@ def map_view(
     theta = own if own is not None else theta
     groups = {"dense > 10 %": (w > .1).nonzero().flatten().tolist(), "> 1 %": ((w > .01) & (w <= .1)).nonzero().flatten().tolist(), "dead": (w == 0).nonzero().flatten().tolist()}
     groups = {f"{k}: {len(v)}": v for k, v in groups.items() if v}
-    common = [centre_tokens(stats, i).most_common(1) if w[i] > 0 and len(w) <= 20_000 else [] for i in range(len(w))]
+    common = [centre_tokens(stats, i).most_common(1) if w[i] > 0 and len(w) <= 4000 else [] for i in range(len(w))]
     names = [f"{i}" + (f" “{stats.strings.get(c[0][0], '')[:20]}”" if c else "") + f" {float(w[i]):.2%}" for i, c in enumerate(common)]
     out = []
     if where is not None:

@@ -169,5 +169,5 @@ def latent_view(
     right = f'<div class="msg">This latent never fired on the {stats.tokens:,} tokens that were read.</div>' if dead else contexts_html(known, kind, width, newlines, n)
     head = f'<div class="h">Latent {latent}{f" · {safe(label, 120)}" if label else ""}</div>' + (f'<div class="s">{safe(note, 600)}</div>' if note else "")
     kind_of = "dead" if dead else "dense, fires on more than a tenth of tokens" if known.frequency > .1 else ""
-    return (f'<div class="jr" data-view="latent" data-latent="{latent}">{head}' + (f'<div class="s">{kind_of}</div>' if kind_of else "")
+    return (f'<div class="jr" data-view="latent" data-latent="{latent}" data-kind="{kind}" data-width="{width}">{head}' + (f'<div class="s">{kind_of}</div>' if kind_of else "")
             + f'<div class="two"><div>{"".join(left)}</div><div role="list" aria-label="contexts">{right}</div></div></div>')

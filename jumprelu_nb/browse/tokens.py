@@ -83,7 +83,7 @@ css = """
 .jr{font:13px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;color:inherit;font-variant-numeric:tabular-nums;text-align:left;max-width:1180px}
 .jr *{box-sizing:border-box}.jr a{color:#2f86c1;text-decoration:none}.jr a:hover{text-decoration:underline}
 .jr .h{font-size:17px;font-weight:650;margin:2px 0 1px}.jr .s{opacity:.68}.jr .m{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:12.5px}
-.jr .t{font-size:11px;font-weight:600;letter-spacing:.05em;text-transform:uppercase;opacity:.62;margin:14px 0 4px}.jr .t:first-child{margin-top:2px}
+.jr .t{font-size:11px;font-weight:600;letter-spacing:.05em;text-transform:uppercase;opacity:.62;margin:14px 0 4px}.jr .t:first-child{margin-top:2px}.jr .t b{text-transform:none;letter-spacing:0}
 .jr .two{display:grid;grid-template-columns:minmax(280px,340px) minmax(0,1fr);gap:4px 30px;align-items:start}@media(max-width:760px){.jr .two{grid-template-columns:minmax(0,1fr)}}
 .jr .even{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:4px 26px;align-items:start}@media(max-width:760px){.jr .even{grid-template-columns:minmax(0,1fr)}}
 .jr .box{background:rgba(128,128,128,.07);border-radius:6px;padding:8px 12px}.jr .msg{border-left:3px solid #d55e00;background:rgba(213,94,0,.08);border-radius:0 6px 6px 0;padding:8px 12px;margin:6px 0}

@@ -137,7 +137,7 @@ def prompt_view(
         about = [f"token {t}, id {reading.ids[t]}", f"{len(a)} latents active", f"next: “{reading.predicted[t]}”", *([f"loss {reading.loss[t]:.2f}"] if reading.loss[t] is not None else [])]
         out.append(token_html(text, value, top, about=about, peak=t == position, newlines=True))
     shaded = f"shaded by latent {latent}" if latent is not None else "shaded by the number of active latents"
-    where = "anywhere in the prompt" if position is None else f"on “{safe(reading.tokens[position], 30)}”, before “{safe(reading.predicted[position], 30)}”"
+    where = "anywhere in the prompt" if position is None else f"on <b>“{safe(reading.tokens[position], 30)}”</b>, before <b>“{safe(reading.predicted[position], 30)}”</b>"
     biggest = max((abs(e) for _, _, e in ranked if e is not None), default=0.)
     def row(i, a, e):
         name, says = f'<a href="{safe(link(i), 200)}">{i}</a>' if link else str(i), " ".join(f'<span class="chip m">{compact(t, 14)}</span>' for t in (stats[i].promoted[:4] if stats is not None else []))
