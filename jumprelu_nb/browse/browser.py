@@ -26,8 +26,8 @@ from ..interpret.steering import modes, places
 from ..sae.model import SAE, write_atomically
 
 # %% auto #0
-__all__ = ['tabs', 'State', 'Notes', 'belongs', 'safely', 'box_of', 'choice', 'tie', 'Jumps', 'Tab', 'LatentTab', 'PromptTab',
-           'SearchTab', 'MapTab', 'SteerTab', 'CompareTab', 'TrainingTab', 'Browser', 'browse']
+__all__ = ['tabs', 'State', 'Notes', 'belongs', 'safely', 'Parts', 'tie', 'Jumps', 'Tab', 'LatentTab', 'PromptTab', 'SearchTab',
+           'MapTab', 'SteerTab', 'CompareTab', 'TrainingTab', 'Browser', 'browse']
 
 # %% ../../nbs/browse/01_browser.ipynb #3c71e9df
 class State(HasTraits):
@@ -87,18 +87,55 @@ def safely(
     except Exception as e: return message(f"This view could not be drawn ({type(e).__name__}: {e}).")
 
 
-def box_of(*widgets:Any, **layout:Any) -> Any: # a row that wraps
-    "Put `widgets` beside each other, with a `layout`."
-    return W.HBox(list(widgets), layout=W.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 8px", **layout))
+class Parts:
+    "Makes widgets that share their layouts and styles: a widget of its own layout and style is stored three times as large."
+    def __init__(self): self.kept:dict = {}
 
+    def __call__(self,
+        kind:Any, # class of the widget
+        width:str|None="auto", # CSS; None: the front end decides
+        **traits, # of the widget
+    ) -> Any: # the widget
+        "Make a widget."
+        if ("layout", width) not in self.kept: self.kept["layout", width] = W.Layout(width=width)
+        style = {"style": self.kept[kind]} if kind in self.kept else {"style": dict(description_width="auto", **({"button_width": "auto"} if kind is W.ToggleButtons else {}))} if issubclass(kind, W.widget_description.DescriptionWidget) and kind is not W.HTML else {}
+        widget = kind(**{"layout": self.kept["layout", width], **style, **traits})
+        if hasattr(widget, "style"): self.kept.setdefault(kind, widget.style)
+        return widget
 
-def choice(
-    options:Sequence, # texts, or (text, value) pairs
-    value:Any, # the first choice
-    label:str="", # what is chosen, for the eye and for a screen reader
-) -> Any: # native buttons, one of them pressed
-    "Offer a few things to choose from."
-    return W.ToggleButtons(options=options, value=value, description=label, style={"button_width": "auto", "description_width": "auto"}, tooltips=[label] * len(options) if label else [])
+    def row(self,
+        *widgets:Any, # to stand beside each other
+    ) -> Any:
+        "Put widgets in a row that wraps."
+        if "row" not in self.kept: self.kept["row"] = W.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 8px")
+        return W.HBox(list(widgets), layout=self.kept["row"])
+
+    def column(self,
+        *widgets:Any, # to stand below each other
+    ) -> Any:
+        "Put `widgets` in a column."
+        if "column" not in self.kept: self.kept["column"] = W.Layout()
+        return W.VBox(list(widgets), layout=self.kept["column"])
+
+    def choice(self,
+        options:Sequence, # texts, or (text, value) pairs
+        value:Any, # the first choice
+        label:str="", # what is chosen, for the eye and for a screen reader
+        **traits, # of the widget
+    ) -> Any: # native buttons, one of them pressed
+        "Offer a few things to choose from."
+        return self(W.ToggleButtons, options=options, value=value, description=label, tooltips=[label] * len(options) if label else [], **traits)
+
+    def button(self,
+        text:str, # on it
+        tip:str, # what it does
+        act:Callable[[], None], # what happens
+        **traits, # of the widget
+    ) -> Any:
+        "Make a button."
+        w = self(W.Button, description=text, tooltip=tip, **traits)
+        w.on_click(lambda _: act())
+        return w
 
 
 def tie(
@@ -119,10 +156,11 @@ def tie(
 class Jumps:
     "A row of buttons that lead to latents."
     def __init__(self,
+        make:Parts, # makes the widgets
         go:Callable[[int], None], # called with the latent
         label:str="go to", # before the row
     ):
-        self.busy, self.widget = False, choice([], None, label)
+        self.busy, self.widget = False, make.choice([], None, label, layout=W.Layout(display="none"))
         self.widget.add_class("jr-jumps")
         self.widget.observe(lambda change: None if self.busy or change["new"] is None else go(change["new"]), "value")
 
@@ -142,9 +180,9 @@ class Tab:
     def __init__(self,
         browser:Browser, # whose state is shown
     ):
-        self.b, self.s, self.view, self.jumps = browser, browser.state, W.HTML(), Jumps(browser.go)
-        self.jumps.widget.layout.display = "none"
-        self.box = W.VBox([*self.controls(), self.jumps.widget, self.view])
+        self.b, self.s, self.make = browser, browser.state, browser.make
+        self.view, self.jumps = self.make(W.HTML, None), Jumps(self.make, browser.go)
+        self.box = self.make.column(*self.controls(), self.jumps.widget, self.view)
 
     def controls(self) -> list:
         "The widgets above the view."
@@ -173,11 +211,12 @@ class Tab:
 class LatentTab(Tab):
     "All about one latent."
     def controls(self) -> list:
-        self.label, self.note = (W.Text(placeholder=f"{k} of this latent", continuous_update=False, layout=W.Layout(width=w)) for k, w in (("label", "220px"), ("note", "420px")))
+        self.label, self.note = (self.make(W.Text, w, placeholder=f"{k} of this latent", continuous_update=False) for k, w in (("label", "220px"), ("note", "420px")))
         self.filling = False
         for w, k in ((self.label, "label"), (self.note, "note")): w.observe(lambda change, k=k: None if self.filling else self.b.write(**{k: change["new"]}), "value")
-        return [box_of(self.bind(choice([(v, k) for k, v in kinds.items()], self.s.kind, "contexts"), "kind"), self.bind(choice(list(widths), self.s.width, "tokens"), "width"),
-                       self.bind(W.Checkbox(description="line breaks", indent=False, layout=W.Layout(width="auto")), "newlines")), box_of(self.label, self.note)]
+        make = self.make
+        return [make.row(self.bind(make.choice([(v, k) for k, v in kinds.items()], self.s.kind, "contexts"), "kind"), self.bind(make.choice(list(widths), self.s.width, "tokens"), "width"),
+                         self.bind(make(W.Checkbox, description="line breaks", indent=False), "newlines")), make.row(self.label, self.note)]
 
     def draw(self) -> str:
         b, i = self.b, self.s.latent
@@ -193,15 +232,14 @@ class PromptTab(Tab):
     "A text and the latents that it lights up."
     reading = None
     def controls(self) -> list:
-        self.text = self.bind(W.Textarea(placeholder="type a prompt, then press read", continuous_update=False, rows=2, layout=W.Layout(width="640px")), "prompt")
-        read = W.Button(description="read", button_style="primary", tooltip="run the model on this prompt")
-        self.tokens, self.paint, self.filling = choice([], None, "token"), W.HTML(), False
-        self.tokens.add_class(f"jr-tokens-{self.b.number}"); self.tokens.add_class("jr-tokens"); self.tokens.layout.display = "none"
+        make = self.make
+        self.text = self.bind(make(W.Textarea, "640px", placeholder="type a prompt, then press read", continuous_update=False, rows=2), "prompt")
+        self.tokens, self.paint, self.filling = make.choice([], None, "token", layout=W.Layout(display="none")), make(W.HTML, None), False
+        self.tokens.add_class(f"jr-tokens-{self.b.number}"); self.tokens.add_class("jr-tokens")
         self.tokens.observe(lambda change: None if self.filling else setattr(self.s, "position", change["new"]), "value")
-        whole = W.Button(description="whole prompt", tooltip="rank latents over the whole prompt", layout=W.Layout(width="auto"))
-        read.on_click(lambda _: self.read()); whole.on_click(lambda _: setattr(self.tokens, "value", None))
-        return [box_of(self.text, read), self.paint, self.tokens, box_of(self.bind(choice(["activation", "effect"], "activation", "rank by"), "by"), whole,
-                self.bind(W.Checkbox(description="shade by the current latent", indent=False, layout=W.Layout(width="auto")), "shaded"))]
+        return [make.row(self.text, make.button("read", "run the model on this prompt", self.read, button_style="primary")), self.paint, self.tokens,
+                make.row(self.bind(make.choice(["activation", "effect"], "activation", "rank by"), "by"), make.button("whole prompt", "rank latents over the whole prompt", lambda: setattr(self.tokens, "value", None)),
+                         self.bind(make(W.Checkbox, description="shade by the current latent", indent=False), "shaded"))]
 
     def read(self) -> None:
         "Run the model on the prompt."
@@ -239,12 +277,12 @@ class PromptTab(Tab):
 class SearchTab(Tab):
     "Latents by token, label, number or statistics."
     def controls(self) -> list:
-        def box(name, text): return self.bind(W.FloatText(description=text, layout=W.Layout(width="150px"), style={"description_width": "auto"}), name)
-        query = self.bind(W.Text(placeholder="search a token, a label, a number", continuous_update=False, layout=W.Layout(width="300px")), "query")
-        return [box_of(query, self.bind(W.Dropdown(options=list(kinds_of), description="show", layout=W.Layout(width="150px"), style={"description_width": "auto"}), "which"),
-                       self.bind(W.Dropdown(options=list(columns), description="sort by", layout=W.Layout(width="170px"), style={"description_width": "auto"}), "sort"),
-                       self.bind(W.Checkbox(description="largest first", indent=False, layout=W.Layout(width="auto")), "descending")),
-                box_of(box("least", "fires on, from"), box("most", "to"), *([box("theta_from", "θ from"), box("theta_to", "to")] if self.b.theta is not None else []))]
+        make = self.make
+        def box(name, text): return self.bind(make(W.FloatText, "150px", description=text), name)
+        def drop(name, text, options): return self.bind(make(W.Dropdown, "170px", options=list(options), description=text), name)
+        query = self.bind(make(W.Text, "300px", placeholder="search a token, a label, a number", continuous_update=False), "query")
+        return [make.row(query, drop("which", "show", kinds_of), drop("sort", "sort by", columns), self.bind(make(W.Checkbox, description="largest first", indent=False), "descending")),
+                make.row(box("least", "fires on, from"), box("most", "to"), *([box("theta_from", "θ from"), box("theta_to", "to")] if self.b.theta is not None else []))]
 
     def draw(self) -> str:
         s, b = self.s, self.b
@@ -260,6 +298,9 @@ class MapTab(Tab):
     def draw(self) -> str:
         b = self.b
         if self.where is None and b.sae is not None: self.where = decoder_map(b.sae)
+        w = b.stats.frequency.cpu()
+        order = [i for i in w.argsort(descending=True, stable=True).tolist() if w[i] > 0]
+        self.jumps.offer([(f"{i} · {float(w[i]):.2%}", i) for i in dict.fromkeys([*order[:7], *order[-7:]])])
         return map_view(b.stats, self.where, b.theta, self.s.latent if 0 <= self.s.latent < len(b.stats) else None)
 
 # %% ../../nbs/browse/01_browser.ipynb #53cca4ec
@@ -267,14 +308,13 @@ class SteerTab(Tab):
     "A latent turned by hand."
     trial = None
     def controls(self) -> list:
-        go = W.Button(description="steer", button_style="primary", tooltip="continue the text with and without")
-        go.on_click(lambda _: self.run())
-        self.slider = W.FloatSlider(min=0, max=1, step=.01, readout=False, continuous_update=False, layout=W.Layout(width="260px"))
+        make, self.of, self.moving = self.make, None, False
+        self.slider = make(W.FloatSlider, "260px", min=0, max=1, step=.01, readout=False, continuous_update=False)
         self.slider.observe(self.slid, "value"); self.s.observe(self.numbered, "value")
-        def small(name, text, kind=W.IntText, width="120px"): return self.bind(kind(description=text, layout=W.Layout(width=width), style={"description_width": "auto"}), name)
-        self.of, self.moving = None, False
-        return [box_of(self.bind(W.Text(description="text", continuous_update=False, layout=W.Layout(width="430px"), style={"description_width": "auto"}), "start"), small("length", "tokens"), small("temperature", "temperature", W.FloatText, "150px"), small("seed", "seed")),
-                box_of(small("value", "strength", W.FloatText, "160px"), self.slider, self.bind(choice(list(modes), self.s.mode, "mode"), "mode"), self.bind(choice(list(places), self.s.where, "where"), "where"), go)]
+        def small(name, text, kind=W.IntText, width="120px"): return self.bind(make(kind, width, description=text), name)
+        return [make.row(self.bind(make(W.Text, "430px", description="text", continuous_update=False), "start"), small("length", "tokens"), small("temperature", "temperature", W.FloatText, "150px"), small("seed", "seed")),
+                make.row(small("value", "strength", W.FloatText, "150px"), self.slider, self.bind(make.choice(list(modes), self.s.mode, "mode"), "mode"), self.bind(make.choice(list(places), self.s.where, "where"), "where"),
+                         make.button("steer", "continue the text with and without", self.run, button_style="primary"))]
 
     def slid(self, change:Any) -> None:
         "The slider was moved, by a person: `change`."
@@ -307,8 +347,10 @@ class SteerTab(Tab):
         self.needs()
         if not 1 <= s.length <= 400: raise ValueError(f"{s.length} tokens is not a length to continue a text by: choose 1 to 400.")
         if not 0 <= s.temperature < 100: raise ValueError(f"A temperature of {s.temperature:g} makes no sense: 0 takes the likeliest token, 1 samples from the model.")
-        trial = try_steering(b.lm, b.sae, s.latent, s.value, s.mode, s.where, s.start, max_new_tokens=s.length, temperature=s.temperature, seed=s.seed)
-        return steer_view(trial, float(b.stats.max[s.latent]))
+        asked = (s.latent, s.value, s.mode, s.where, s.start, s.length, s.temperature, s.seed)
+        if not isinstance(self.trial, tuple) or self.trial[0] != asked:                     # a tab that is opened again shows what it has shown
+            self.trial = (asked, try_steering(b.lm, b.sae, *asked[:5], max_new_tokens=s.length, temperature=s.temperature, seed=s.seed))
+        return steer_view(self.trial[1], float(b.stats.max[s.latent]))
 
 
 class CompareTab(Tab):
@@ -333,7 +375,7 @@ class TrainingTab(Tab):
 tabs = dict(latent=LatentTab, prompt=PromptTab, search=SearchTab, map=MapTab, steer=SteerTab, compare=CompareTab, training=TrainingTab)
 _numbers = itertools.count()
 _widget_css = """
-.jr-root{color:var(--jp-content-font-color1,var(--vscode-editor-foreground,inherit));padding:6px 10px 14px;overflow:visible}
+.jr-root{color:var(--colab-primary-text-color,var(--jp-content-font-color1,var(--vscode-editor-foreground,inherit)));padding:6px 10px 14px;overflow:visible}
 .jr-root .widget-html-content{line-height:1.5;width:100%;overflow:visible;height:auto}.jr-root .widget-html{height:auto;overflow:visible}
 .jr-root .widget-checkbox{align-items:center}.jr-root button.widget-toggle-button,.jr-root button.jupyter-button{border-radius:5px;height:28px;line-height:26px;margin:1px 2px 1px 0;padding:0 9px}
 .jr-root button:focus-visible,.jr-root input:focus-visible,.jr-root select:focus-visible,.jr-root textarea:focus-visible{outline:2px solid #2f86c1;outline-offset:1px}
@@ -364,7 +406,7 @@ class Browser:
         except ValueError as e: self.problem, sae, lm = str(e), None, None
         try: self.notes = Notes(notes)
         except ValueError as e: self.problem, self.notes = f"{self.problem} {e}".strip(), Notes()
-        self.sae, self.lm, self.state = sae, lm, State()
+        self.sae, self.lm, self.state, self.make = sae, lm, State(), Parts()
         theta = getattr(stats, "threshold", None)
         self.theta = theta if theta is not None else getattr(sae, "threshold", None)
         self.theta = None if self.theta is None else self.theta.detach().float().cpu()
@@ -379,23 +421,19 @@ class Browser:
 
     def _build(self) -> Any:
         "The frame: where to go, and tabs."
-        last, s = len(self.stats) - 1, self.state
-        def button(text, tip, act):
-            w = W.Button(description=text, tooltip=tip, layout=W.Layout(width="auto"))
-            w.on_click(lambda _: act())
-            return w
-        self.number_box = W.IntText(value=s.latent, description="latent", layout=W.Layout(width="140px"), style={"description_width": "auto"})
-        self.slider = W.IntSlider(value=min(max(s.latent, 0), last), min=0, max=max(last, 0), readout=False, continuous_update=False, layout=W.Layout(width="240px"))
-        self.star = W.ToggleButton(description="☆ star", tooltip="keep this latent", layout=W.Layout(width="auto"))
-        self.where, self.content, self._moving = W.HTML(), W.VBox(), False
+        last, s, make = len(self.stats) - 1, self.state, self.make
+        self.number_box = make(W.IntText, "140px", value=s.latent, description="latent")
+        self.slider = make(W.IntSlider, "260px", value=min(max(s.latent, 0), last), min=0, max=max(last, 0), readout=False, continuous_update=False)
+        self.star = make(W.ToggleButton, description="☆ star", tooltip="keep this latent")
+        self.where, self.content, self._moving = make(W.HTML, None), make.column(), False
         tie(s, "latent", self.number_box)
         self.slider.observe(lambda change: None if self._moving else self.go(change["new"]), "value")
         self.star.observe(lambda change: None if self._moving else self.write(star=change["new"]), "value")
-        pick = choice([(t, t) for t in tabs], "latent")
+        pick = make.choice([(t, t) for t in tabs], "latent")
         tie(s, "tab", pick)
         pick.add_class("jr-tabs")
-        head = box_of(button("previous", "the latent before", lambda: self.step(-1)), button("next", "the latent after", lambda: self.step(1)), button("random", "some latent that is alive", self.any), self.number_box, self.slider, self.star, self.where)
-        root = W.VBox([W.HTML(f"<style>{css}{_widget_css}</style>"), *([W.HTML(message(self.problem))] if self.problem else []), head, pick, self.content])
+        head = make.row(make.button("previous", "the latent before", lambda: self.step(-1)), make.button("next", "the latent after", lambda: self.step(1)), make.button("random", "some latent that is alive", self.any), self.number_box, self.slider, self.star, self.where)
+        root = make.column(make(W.HTML, None, value=f"<style>{css}{_widget_css}</style>"), *([make(W.HTML, None, value=message(self.problem))] if self.problem else []), head, pick, self.content)
         root.add_class("jr-root")
         return root
 
@@ -444,7 +482,10 @@ class Browser:
             self.where.value = f'<span class="jr m s" title="this line opens the browser here">browse(stats, latent={s.latent})</span>'
         if s.tab not in tabs: return
         tab = self.tab(s.tab)
-        if name == "tab": self.content.children = (tab.box,)
+        if name == "tab":
+            self.content.children = (tab.box,)
+            for other in self._opened.values():
+                if other is not tab: other.view.value = ""                       # only what is visible is kept, and stored with a notebook
         if s.tab == "steer" and name in ("value", "mode", "where", "start", "length", "temperature", "seed") and tab.trial is None: return
         if s.tab == "steer" and tab.moving: return
         if s.tab == "prompt" and tab.filling: return

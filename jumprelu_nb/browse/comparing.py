@@ -104,5 +104,5 @@ def training_view(
               ("how far thresholds have moved", {"median |ln θ/θ₀|": line("theta_moved")}, dict(from_zero=True)), ("tokens of a batch in the window of a threshold", {"hits": line("in_window")}, dict(from_zero=True))]
     drawn = [f'<div><div class="t">{title}</div>{curves(c, x_title="tokens", width=width, height=150, **how)}</div>' for title, c, how in panels if any(v is not None for _, ys in c.values() for v in ys)]
     done = f"{short(float(last['tokens']))} tokens" + (f" of {short(float(tokens))}" if tokens and tokens > last["tokens"] else "") + (f" in {last['seconds']:.0f} s" if "seconds" in last else "")
-    head = " · ".join([done, *[f"{name} {short(float(last[k]))}" for k, name in (("l0", "L0"), ("fvu", "FVU")) if k in last], *([f"silent {last['dead']:.1%}"] if "dead" in last else [])])
+    head = " · ".join([done, *[f"{name} {short(float(last[k]))}" for k, name in (("l0", "L0"), ("fvu", "FVU")) if last.get(k) is not None], *([f"silent {last['dead']:.1%}"] if last.get("dead") is not None else [])])
     return f'<div class="jr" data-view="training" data-lines="{len(log)}"><div class="h">{safe(head, 200)}</div><div style="display:flex;flex-wrap:wrap;gap:4px 26px">{"".join(drawn)}</div></div>'

@@ -5,7 +5,6 @@
 # %% ../../nbs/browse/00d_finding.ipynb #04638a6a
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

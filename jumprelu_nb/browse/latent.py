@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from .svg import histogram, short
-from .tokens import compact, context_html, level, safe, widths
+from .tokens import compact, context_html, level, safe
 from ..interpret.streams import n_bins, octaves, per_octave
 
 # %% auto #0

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 from .tokens import safe
 
 # %% auto #0
@@ -177,7 +176,7 @@ def curves(
     good = {n: [(float(x), float(y)) for x, y in zip(*xy) if x is not None and y is not None and math.isfinite(x) and math.isfinite(y) and (x > 0 or not log_x) and (y > 0 or not log_y)] for n, xy in lines.items()}
     xs, ys = ([p[k] for ps in good.values() for p in ps] for k in (0, 1))
     if not xs: return '<div class="s">nothing to draw yet</div>'
-    f = Frame((min(xs), max(xs)), (0. if from_zero else min(ys), max(ys)), width, height, x_title, y_title or " ", log_x, log_y)
+    f = Frame((min(xs), max(xs)), (min(0., *ys) if from_zero else min(ys), max(ys)), width, height, x_title, y_title or " ", log_x, log_y)
     for k, (name, ps) in enumerate(good.items()):
         c, at = colours[k % len(colours)], [f.at(*p) for p in ps]
         f.marks.append(f'<polyline points="{" ".join(f"{x},{y}" for x, y in at)}" fill="none" stroke="{c}" stroke-width="1.8" stroke-linejoin="round"><title>{safe(name)}</title></polyline>')

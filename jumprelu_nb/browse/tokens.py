@@ -112,12 +112,13 @@ def token_html(
     *,
     about:Sequence[str]=(), # further lines of the tooltip
     peak:bool=False, # the token that the row is about
-    newlines:bool=False, # break the line after a line end
+    newlines:bool=False, # break the line where the text does
 ) -> str:
     "Show one token, shaded by its activation."
     tip = "&#10;".join([f"“{safe(text)}”", *map(safe, about), *([f"activation {act:.4g}"] if act else [])])
     kind = " ".join(k for k in ("tok", level(act, top), "peak" if peak else "") if k)
-    return f'<span class="{kind}" title="{tip}">{safe(text)}</span>' + ("<br>" * text.count("\n") if newlines else "")
+    body = "↵<br>".join(safe(line) for line in text.split("\n")) if newlines else safe(text)
+    return f'<span class="{kind}" title="{tip}">{body}</span>'
 
 # %% ../../nbs/browse/00_tokens.ipynb #cffccd65
 widths = ("5", "16", "full")
