@@ -6,7 +6,8 @@ from _book import nbs, pages
 from _workbench import HOSTILE, make
 
 W = pytest.importorskip("ipywidgets")
-from jumprelu_nb.browse.browser import Browser, Notes, browse, tabs  # noqa: E402
+from jumprelu_nb.browse.browser import Browser, browse, tabs  # noqa: E402
+from jumprelu_nb.browse.parts import Notes  # noqa: E402
 from jumprelu_nb.interpret.latents import LatentStats  # noqa: E402
 from jumprelu_nb.sae.model import SAE  # noqa: E402
 

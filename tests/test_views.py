@@ -8,7 +8,8 @@ from jumprelu_nb.browse.finding import Hit, map_view, search, search_view
 from jumprelu_nb.browse.latent import facts, kinds, latent_view, message
 from jumprelu_nb.browse.svg import curves, histogram, scatter
 from jumprelu_nb.browse.tokens import css, hidden, shown, styled, widths
-from jumprelu_nb.browse.trying import Reading, Trial, prompt_view, steer_view
+from jumprelu_nb.browse.turning import Trial, steer_view
+from jumprelu_nb.browse.prompt import Reading, prompt_view
 from jumprelu_nb.interpret.latents import LatentStats
 from jumprelu_nb.interpret.steering import StrengthCurve
 from jumprelu_nb.sae.model import SAE

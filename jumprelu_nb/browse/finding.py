@@ -62,7 +62,7 @@ class Hit:
     why: str # what matched
     score: float # 0 to 1, larger is better
 
-
+# %% ../../nbs/browse/00d_finding.ipynb #f5844a80
 def search(
     stats:Any, # a `LatentStats`
     query:str="", # a token, part of a label or note, or the number of a latent; empty: all

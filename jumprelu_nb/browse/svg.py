@@ -141,7 +141,7 @@ def histogram(
         while lo > 0 and around and edges[lo] > min(around): lo -= 1
         while hi < len(counts) and around and edges[hi] < max(around): hi += 1
         lo, hi = max(0, lo - 1), min(len(counts), hi + 1)
-    f = Frame((edges[lo], edges[hi]), (0, max([*counts[lo:hi], 1])), width, height, x_title, y_title, log_x)
+    f = Frame((edges[lo], edges[hi]), (0, 1.04 * max([*counts[lo:hi], 1])), width, height, x_title, y_title, log_x)
     if band:
         a, b = (f.at(v, 0)[0] for v in band)
         f.marks.append(f'<rect x="{a}" y="{f.box[1]}" width="{max(1.5, b - a):.1f}" height="{f.box[3] - f.box[1]}" fill="#d55e00" fill-opacity=".16"><title>STE window {short(band[0])} to {short(band[1])}</title></rect>')

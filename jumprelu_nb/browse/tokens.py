@@ -89,7 +89,7 @@ css = """
 .jr .box{background:rgba(128,128,128,.07);border-radius:6px;padding:8px 12px}.jr .msg{border-left:3px solid #d55e00;background:rgba(213,94,0,.08);border-radius:0 6px 6px 0;padding:8px 12px;margin:6px 0}
 .jr .facts{display:grid;grid-template-columns:auto 1fr;gap:1px 14px}.jr .facts>:nth-child(odd){opacity:.68}.jr .facts>:nth-child(even){text-align:right}
 .jr .c{display:grid;grid-template-columns:52px minmax(0,1fr);border-bottom:1px solid rgba(128,128,128,.16);padding:3px 0;line-height:1.6}.jr .c>:first-child{text-align:right;padding-right:12px;opacity:.62;font-size:12px}
-.jr .kwic{display:grid;grid-template-columns:minmax(0,56%) minmax(0,1fr);white-space:pre;overflow:hidden}.jr .kwic>*{overflow:hidden}.jr .kwic>:first-child{display:flex;justify-content:flex-end}.jr .kwic>:first-child>span{flex:none}
+.jr .kwic{display:grid;grid-template-columns:minmax(0,56%) minmax(0,1fr);white-space:pre;overflow:hidden;align-items:baseline}.jr .kwic>*{overflow:hidden}.jr .kwic>:first-child{display:flex;justify-content:flex-end}.jr .kwic>:first-child>span{flex:none}
 .jr .full{white-space:pre-wrap;overflow-wrap:anywhere}.jr .tok{border-radius:2px;padding:1px 0;color:inherit}.jr .peak{font-weight:700;text-decoration:underline;text-underline-offset:3px}
 .jr .chips{display:flex;flex-wrap:wrap;gap:3px}.jr .chip{border-radius:4px;padding:1px 6px;white-space:pre;overflow:hidden;text-overflow:ellipsis;max-width:100%;background:rgba(128,128,128,.13)}.jr .chip small{opacity:.7;padding-left:5px}
 .jr table{border-collapse:collapse;font-size:13px;margin:0}.jr th{font-size:11.5px;font-weight:600;opacity:.68;text-align:left;padding:3px 12px 3px 0;border-bottom:1px solid rgba(128,128,128,.4);background:none}
