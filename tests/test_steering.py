@@ -4,6 +4,7 @@ from jumprelu_nb.data.lm import LanguageModel
 from jumprelu_nb.interpret.steering import Edit, change_of, controls, inference_form, steer, steered_texts, strength_curve
 from jumprelu_nb.sae.model import SAE
 from jumprelu_nb.sae.transcoder import Transcoder
+from test_lm import every, make_lm
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +130,21 @@ def test_refusals(lm):
     batch = SAE(lm.d_model, 64, dict(name="batch_topk", k=4), metadata=dict(site="resid_post.1"))
     with pytest.raises(ValueError, match="calibrate"), steer(lm, batch, 1, 1.): pass
     assert change_of(Edit(inference_form(sae), 1, 1., "scale"), inference_form(sae), torch.randn(1, 2, lm.d_model)).abs().max() == 0
+
+
+@pytest.mark.parametrize("name", list(every))
+def test_every_architecture(name):
+    "At each kind of site: a factor of one is no change at all, a clamp moves what it should, strengths are a batch in order"
+    lm = make_lm(name)
+    ids = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(0)); ids[:, 0] = lm.bos_id
+    for site in lm.sites("*.1"):
+        sae = SAE(site.d_in, 12, metadata=dict(site=site.name)).init_(seed=0).requires_grad_(False)
+        clean = lm.logits(ids)
+        with steer(lm, sae, [3, 5], 1., "scale"): assert torch.equal(lm.logits(ids), clean)
+        x = lm.capture(ids, site)[site.name]
+        with steer(lm, sae, 3, 4.): y = lm.capture(ids, site)[site.name]
+        want = (4 - sae.encode(x)[..., 3, None]) * sae.W_dec[3]
+        torch.testing.assert_close((y - x)[:, 1:], want[:, 1:], atol=1e-4, rtol=1e-4)
+        assert torch.equal(y[:, 0], x[:, 0])
+        with steer(lm, sae, 3, [0., 4.]): many = lm.logits(ids).unflatten(0, (2, -1))
+        with steer(lm, sae, 3, 4.): torch.testing.assert_close(many[1], lm.logits(ids), atol=2e-3, rtol=2e-3)

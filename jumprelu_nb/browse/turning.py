@@ -31,7 +31,7 @@ class Trial:
     up: list[str] # tokens whose logit rises most at `value`
     down: list[str] # and falls most
 
-
+# %% ../../nbs/browse/00f_turning.ipynb #82ccdec2
 def try_steering(
     lm:LanguageModel, # the model
     sae:SAE, # the SAE
@@ -62,6 +62,11 @@ def try_steering(
     words = token_strings(lm, {*up, *down})
     return Trial(latent, value, mode, where, prompt, plain, turned, curve, [words[t] for t in up], [words[t] for t in down])
 
+# %% ../../nbs/browse/00f_turning.ipynb #8da7cd56
+def _lines(text:str) -> str:
+    "Text with its own line breaks, everything else made visible and escaped."
+    return "\n".join(safe(line, None) for line in text.split("\n"))
+
 
 def steer_view(
     trial:Trial, # from `try_steering`
@@ -79,8 +84,3 @@ def steer_view(
     return (f'<div class="jr" data-view="steer" data-latent="{trial.latent}" data-value="{trial.value:g}" data-kl="{c.kl[at]:.4f}"><div class="even">{text("not steered", trial.baseline)}{text(setting, trial.steered)}</div>'
             f'<div class="even"><div><div class="t">KL {short(c.kl[at])}, cross-entropy {short(c.ce_clean)} → {short(c.ce[at])}</div>{figure}</div>'
             f'<div><div class="t">logits that rise most</div>{words(trial.up, 1)}<div class="t">and fall most</div>{words(trial.down, -1)}</div></div></div>')
-
-
-def _lines(text:str) -> str:
-    "Text with its own line breaks, everything else made visible and escaped."
-    return "\n".join(safe(line, None) for line in text.split("\n"))
