@@ -100,7 +100,7 @@ def training_view(
     x, last = [r["tokens"] for r in log], log[-1]
     def line(key): return x, [r.get(key) for r in log]
     panels = [("active latents, L0", {"L0": line("l0")} | ({"asked for": ([x[0], x[-1]], [l0, l0])} if l0 else {}), dict(from_zero=True)), ("unexplained variance, FVU", {"FVU": line("fvu")}, dict(log_y=True)),
-              ("share of silent latents", {"dead": line("dead")}, dict(from_zero=True)), ("thresholds θ", {k: line(f"theta_{q}") for k, q in (("90 %", 90), ("median", 50), ("10 %", 10))}, {}),
+              ("share of silent latents", {"dead": line("dead")}, dict(from_zero=True)), ("thresholds", {k: line(f"theta_{q}") for k, q in (("90 %", 90), ("median", 50), ("10 %", 10))}, {}),
               ("how far thresholds have moved", {"median |ln θ/θ₀|": line("theta_moved")}, dict(from_zero=True)), ("tokens of a batch in the window of a threshold", {"hits": line("in_window")}, dict(from_zero=True))]
     drawn = [f'<div><div class="t">{title}</div>{curves(c, x_title="tokens", width=width, height=150, **how)}</div>' for title, c, how in panels if any(v is not None for _, ys in c.values() for v in ys)]
     done = f"{short(float(last['tokens']))} tokens" + (f" of {short(float(tokens))}" if tokens and tokens > last["tokens"] else "") + (f" in {last['seconds']:.0f} s" if "seconds" in last else "")
