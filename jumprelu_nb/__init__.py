@@ -7,11 +7,11 @@ _public = {  # public name -> the room that holds it
     "Activations": "data.activations",
     "RECIPES": "train.recipes", "Recipe": "train.recipes", "get_recipe": "train.recipes",
     "Run": "train.trainer",
-    "LatentStats": "interpret.latents",
+    "LatentStats": "interpret.latents", "steer": "interpret.steering",
     "Transcoder": "sae.transcoder", "Synthetic": "data.synthetic", "pairs": "data.pairs", "advise": "train.advisor",
     "recovery": "evaluate.recovery", "sweep": "evaluate.sweep", "Frontier": "evaluate.frontier",
 }
-_verbs = ["train", "evaluate"]  # chapters that can be called, see `_callable`
+_verbs = ["train", "evaluate", "browse"]  # chapters that can be called, see `_callable`
 __all__ = [*_public, *_verbs, "__version__"]
 
 

@@ -82,7 +82,7 @@ def test_public_names_resolve():
     with pytest.raises(AttributeError, match="no_such_name"): jr.no_such_name
 
 
-@pytest.mark.parametrize("verb, room", [("train", "train.trainer"), ("evaluate", "evaluate.fidelity")])
+@pytest.mark.parametrize("verb, room", [("train", "train.trainer"), ("evaluate", "evaluate.fidelity"), ("browse", "browse.browser")])
 def test_chapters_that_are_verbs(verb, room):
     "`jr.train` is a folder of modules and can be called; its help is the function's"
     import inspect, importlib
