@@ -5,8 +5,10 @@
 # %% ../../nbs/share/00a_formats.ipynb #6d7c8d70
 from __future__ import annotations
 
-import math
+import json
+import os
 import re
+import tempfile
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,11 +19,12 @@ from torch import Tensor, nn
 from ..sae.gates import GATES, Gate, JumpReLUGate, make_gate
 from ..sae.model import SAE
 from ..sae.transcoder import Transcoder
-from .files import BLOCK, DTYPES, FormatError, Stored, finite, shown
+from .files import BLOCK, FormatError, Stored, finite, shown
 
 # %% auto #0
 __all__ = ['FORMATS', 'Ask', 'sizes', 'number', 'word', 'flag', 'rows', 'times', 'Parts', 'TokenNormSAE', 'GroupMaxGate', 'build',
-           'site_of', 'lens_name', 'about', 'Format', 'enter']
+           'site_of', 'lens_name', 'about', 'Format', 'enter', 'plain_form', 'tensors_of', 'write_safely',
+           'write_tensors', 'write_json', 'refuse']
 
 # %% ../../nbs/share/00a_formats.ipynb #ae79038e
 @dataclass
@@ -362,3 +365,62 @@ def enter(
 ) -> Format: # the same
     "Enter a format into the register."
     return FORMATS.setdefault(new.name, new)
+
+# %% ../../nbs/share/00a_formats.ipynb #4057579d
+def plain_form(
+    sae:SAE, # any form
+) -> SAE: # scale 1, no pre-encoder bias, a gate that other libraries know: itself if it is so already
+    "Fold what has to be folded, and nothing else."
+    known = sae.gate.name in ("relu", "jumprelu", "topk", "abs_topk", "groupmax")
+    if isinstance(sae, TokenNormSAE) or known and float(sae.scale) == 1 and not sae.pre_encoder_bias: return sae
+    return sae.fold()
+
+
+def tensors_of(
+    sae:SAE, # in plain form
+) -> dict[str, Tensor]: # W_enc, b_enc, W_dec, b_dec, and threshold (float32) if the gate is a JumpReLU, W_skip (d_in, d_out) if there is one; on the CPU
+    "The tensors of an SAE, all of them finite."
+    out = {k: getattr(sae, k).detach().cpu() for k in ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip") if getattr(sae, k, None) is not None}
+    if isinstance(sae.gate, JumpReLUGate): out["threshold"] = sae.gate.inference_threshold().cpu()
+    for k, v in out.items():
+        if not finite(v): raise ValueError(f"{k} has NaN or infinite entries, and such an SAE is not saved: its training has diverged.")
+    return out
+
+
+def write_safely(
+    path:str|Path, # where the file shall be
+    write:Callable[[Path], Any], # writes it to the path it is given
+) -> None:
+    "Let `write` make a file beside the wanted place and move it there when it is whole."
+    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    fd, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(fd)
+    try: write(Path(part)); os.chmod(part, 0o644); os.replace(part, path)
+    except BaseException: Path(part).unlink(missing_ok=True); raise
+
+
+def write_tensors(
+    path:str|Path, # of a .safetensors file
+    tensors:Mapping[str, Tensor], # any strides
+) -> None:
+    "Write a safetensors file."
+    from safetensors.torch import save_file
+    write_safely(path, lambda part: save_file({k: v.contiguous() for k, v in tensors.items()}, part))
+
+
+def write_json(
+    path:str|Path, # of the file
+    content:Mapping[str, Any], # JSON values
+) -> None:
+    "Write a configuration."
+    write_safely(path, lambda part: part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
+
+
+def refuse(
+    sae:SAE, # that does not fit
+    library:str, # whose files have no place for it
+    holds:str, # what those files can hold
+) -> ValueError: # to be raised
+    "Say why an SAE cannot be written in a format, and what would help."
+    what = f"a {type(sae).__name__} with the gate {sae.gate.name!r}" + (" and a skip connection" if getattr(sae, "W_skip", None) is not None else "")
+    return ValueError(f"{library}'s files hold {holds}, this is {what}: choose another format, or find constant thresholds with sae.fold(calibrate=activations) first.")
