@@ -311,7 +311,7 @@ def build(
 
 # %% ../../nbs/share/00a_formats.ipynb #a40b2b1f
 _lens = {"hook_resid_pre": "resid_pre", "hook_resid_post": "resid_post", "attn.hook_z": "attn_out", "hook_mlp_out": "mlp_out", "hook_mlp_in": "mlp_in"}
-_modules = ((r"output", "resid_post"), (r"input", "resid_pre"), (r"self_attn\.o_proj\.input", "attn_out"), (r"post_feedforward_layernorm\.output", "mlp_out"), (r"mlp\.output", "mlp_out"), (r"mlp", "mlp_out"), (r"", "resid_post"))
+_modules = ((r"output", "resid_post"), (r"input", "resid_pre"), (r"self_attn\.o_proj\.input", "attn_out"), (r"post_feedforward_layernorm\.output", "mlp_out"), (r"pre_feedforward_layernorm\.output", "mlp_in"), (r"mlp\.output", "mlp_out"), (r"mlp", "mlp_out"), (r"", "resid_post"))
 
 
 def site_of(
