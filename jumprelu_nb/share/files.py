@@ -95,7 +95,7 @@ def parse_json(
         if len(found) < len(pairs): raise ValueError("a key that stands twice")
         return found
     def no(constant): raise ValueError(f"{constant}, which is not a JSON number")
-    try: got = json.loads(text, object_pairs_hook=once, parse_constant=no)
+    try: got = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text, object_pairs_hook=once, parse_constant=no)      # bytes would be taken for UTF-16 or UTF-32 as well
     except RecursionError: raise FormatError(file, "", "JSON", "brackets nested without end") from None
     except (ValueError, MemoryError) as e: raise FormatError(file, "", "JSON", str(e) or "a number that is too large", "The file is damaged: save or download it again.") from None
     if not isinstance(got, dict): raise FormatError(file, "", "a JSON object, {…}", type(got).__name__)
