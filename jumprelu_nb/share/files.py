@@ -89,13 +89,12 @@ def parse_json(
     text:bytes|str, # what a file holds
     file:str|Path, # name for the error
 ) -> dict[str, Any]:
-    "Read one JSON object: no doubled keys, no NaN, no bottomless nesting."
+    "Read one JSON object: no doubled keys, no bottomless nesting."
     def once(pairs):
         found = dict(pairs)
         if len(found) < len(pairs): raise ValueError("a key that stands twice")
         return found
-    def no(constant): raise ValueError(f"{constant}, which is not a JSON number")
-    try: got = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text, object_pairs_hook=once, parse_constant=no)      # bytes would be taken for UTF-16 or UTF-32 as well
+    try: got = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text, object_pairs_hook=once)      # bytes would be taken for UTF-16 or UTF-32 as well
     except RecursionError: raise FormatError(file, "", "JSON", "brackets nested without end") from None
     except (ValueError, MemoryError) as e: raise FormatError(file, "", "JSON", str(e) or "a number that is too large", "The file is damaged: save or download it again.") from None
     if not isinstance(got, dict): raise FormatError(file, "", "a JSON object, {…}", type(got).__name__)
