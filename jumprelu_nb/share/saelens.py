@@ -101,8 +101,9 @@ def read_saelens(
     if trans and pre_bias: raise FormatError(file, "apply_b_dec_to_input", "false, for a transcoder", "true")
     t = {k: ask.fetch(places[k], exact="threshold" in k) for k in want}
     p = Parts(t["W_enc"], t["b_mag" if kind == "gated" else "b_enc"], t["W_dec"], t["b_dec"], transcoder=bool(trans), metadata=_described(cfg, ask), W_skip=t["W_skip"].T if "W_skip" in t else None)
-    s = _unscale(p, cfg, folder, ask, pre_bias, [(t["b_gate"], None), (p.b_enc, t["r_mag"])] if kind == "gated" else [(p.b_enc, None)])
     rescale = "topk" in kind and flag(cfg, "rescale_acts_by_decoder_norm", file, "batch" in kind)
+    if rescale and cfg.get("normalize_activations") == "covariance_whitening": p.fold_norms(); rescale = False
+    s = _unscale(p, cfg, folder, ask, pre_bias, [(t["b_gate"], None), (p.b_enc, t["r_mag"])] if kind == "gated" else [(p.b_enc, None)])
     if "log_threshold" in t: t["threshold"] = t["log_threshold"].exp()
     if "topk_threshold" in t: t["threshold"] = (t["topk_threshold"] / (s if rescale else 1)).expand(n["F"]).clone()
     if rescale: p.fold_norms()
