@@ -232,7 +232,7 @@ def main() -> int:
     for arch in ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"): attempt(saelens_made, arch)
     attempt(saelens_hook_z)
     short, both = dict(warmup_steps=5), dict(warmup_steps=5, sparsity_warmup_steps=5)
-    for trainer, more in (("StandardTrainer", both), ("StandardTrainerAprilUpdate", both), ("PAnnealTrainer", dict(anneal_start=20, initial_sparsity_penalty=1e-3) | both), ("GatedSAETrainer", both), ("GatedAnnealTrainer", dict(anneal_start=20) | both), ("JumpReluTrainer", dict(bandwidth=.01, lr=3e-3) | both),
+    for trainer, more in (("StandardTrainer", both), ("StandardTrainerAprilUpdate", both), ("PAnnealTrainer", dict(anneal_start=20, p_end=.2) | both), ("GatedSAETrainer", both), ("GatedAnnealTrainer", dict(anneal_start=20) | both), ("JumpReluTrainer", dict(bandwidth=.01, lr=3e-3) | both),
                           ("TopKTrainer", dict(k=k) | short), ("BatchTopKTrainer", dict(k=k, threshold_start_step=5) | short), ("MatryoshkaBatchTopKTrainer", dict(k=k, group_fractions=[.25, .75], threshold_start_step=5) | short)):
         for normalize in (True, False): attempt(dictionary_trained, trainer, normalize, **more)
     for kw in (dict(), dict(activation="groupmax"), dict(latents=F), dict(transcode=True), dict(transcode=True, skip=True), dict(skip=True)): attempt(sparsify_trained, **kw)
