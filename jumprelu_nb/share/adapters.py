@@ -62,6 +62,7 @@ class SAEBenchSAE(nn.Module):
     def dtype(self) -> torch.dtype: return self.W_enc.dtype
 
     def to(self, *args, **kw) -> SAEBenchSAE:
+        "Move or convert, by position or by name, and keep the configuration in step."
         super().to(*args, **kw)
         self.cfg.device, self.cfg.dtype = str(self.device), str(self.dtype).removeprefix("torch.")
         return self
@@ -80,7 +81,11 @@ class SAEBenchSAE(nn.Module):
         x_hat = acts.to(self.dtype) @ self.W_dec + self.b_dec
         return x_hat.unflatten(-1, self._heads) if self.hook_z_reshaping_mode and self._heads else x_hat
 
-    def forward(self, x:Tensor) -> Tensor: return self.decode(self.encode(x))
+    def forward(self,
+        x:Tensor, # (..., d_in) raw activations
+    ) -> Tensor: # (..., d_in) raw reconstruction
+        "Encode and decode."
+        return self.decode(self.encode(x))
 
     def turn_on_forward_pass_hook_z_reshaping(self) -> None:
         "Take and give attention outputs by heads."

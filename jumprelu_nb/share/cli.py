@@ -302,7 +302,7 @@ def info_command(
     from jumprelu_nb.share.exchange import load_sae, recognise, sae_folders
     from jumprelu_nb.share.files import FormatError
     from jumprelu_nb.train.trainer import read_log
-    state, log = state_of(dir), read_log(dir)
+    state, log = state_of(dir), read_log(dir) if dir.is_dir() else []
     if state == "interrupted" or state == "empty" and log:
         last = log[-1] if log else {}
         print(f"{dir}: a training under way or interrupted, with {last.get('tokens', 0):,} tokens in its log" + (f", L0 {last['l0']:.1f}, FVU {last['fvu']:.3f}" if last else ""))

@@ -70,7 +70,7 @@ def load_sae(
     if surplus := sorted(set(given) - ask.used): raise ValueError(f"{how.library}'s files ask for {', '.join(sorted(ask.used))}, and not for {', '.join(surplus)}: leave it out.")
     return sae
 
-
+# %% ../../nbs/share/00e_exchange.ipynb #769e61e4
 def checked_sub(
     sub:str, # a path below a folder
 ) -> str: # the same
@@ -105,7 +105,7 @@ class Conversion:
         lines = [f"{self.source} → {self.target}: {', '.join(self.files)}", f"checked on {self.tokens:,} random tokens: largest relative difference {self.error:.1e}, {self.flips} latents active on one side only"]
         return "\n".join(lines + ([f"not carried: {l}" for l in self.lost] or ["nothing was lost"]))
 
-
+# %% ../../nbs/share/00e_exchange.ipynb #4a80b158
 def convert(
     source:str|Path, # folder or file of any known format
     folder:str|Path, # where to write; must be empty or missing

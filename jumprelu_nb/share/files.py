@@ -136,7 +136,7 @@ def empty(
     if torch.device(device or "cpu").type != "cpu" or not math.prod(shape): return torch.empty(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
-
+# %% ../../nbs/share/00_files.ipynb #4d57c79f
 @dataclass(frozen=True)
 class Stored:
     "Where a tensor lies, and how; `read` fetches it."
@@ -149,9 +149,13 @@ class Stored:
     packed: str|None = None # name of the zip member, if it is deflated
 
     @property
-    def nbytes(self) -> int: return math.prod(self.shape) * self.dtype.itemsize # bytes
+    def nbytes(self) -> int:
+        "Bytes that it takes in the file."
+        return math.prod(self.shape) * self.dtype.itemsize
     @property
-    def lies(self) -> tuple[int, ...]: return tuple(self.shape[i] for i in self.order) # the shape in which it lies in the file
+    def lies(self) -> tuple[int, ...]:
+        "The shape in which it lies in the file."
+        return tuple(self.shape[i] for i in self.order)
 
     def read(self,
         device:str|torch.device|None=None, # where it shall be; CPU if not given

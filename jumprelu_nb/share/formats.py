@@ -73,7 +73,7 @@ def sizes(
         if key not in want and not (ignore and re.fullmatch(ignore, key)): raise FormatError(file, key, f"only {', '.join(want)}", "this key as well", "It would be lost: is this a file of another kind?")
     return bound
 
-
+# %% ../../nbs/share/00a_formats.ipynb #dd48472c
 def number(
     cfg:Mapping[str, Any], # a configuration
     key:str, # an entry of it
@@ -136,7 +136,7 @@ def times(
     wide = torch.float32 if W.device.type == "mps" else torch.float64
     return torch.cat([v.to(wide) @ W[:, s].to(wide) for s in rows(W, 1)])
 
-
+# %% ../../nbs/share/00a_formats.ipynb #8a5943ee
 @dataclass
 class Parts:
     "What a file says, before it is an SAE. All tensors are on one device; the methods work in place."
@@ -151,7 +151,9 @@ class Parts:
     norm: str = "none" # what is done to every token by itself: none, layer_norm, constant_norm
     metadata: dict = field(default_factory=dict) # what else is known
 
-    def note(self, text:str) -> None:
+    def note(self,
+        text:str, # a sentence
+    ) -> None:
         "Record a remark for the user in the metadata."
         self.metadata.setdefault("notes", []).append(text)
 
@@ -226,7 +228,10 @@ class TokenNormSAE(SAE):
         std = (x - mean).std(-1, keepdim=True)
         return (x - mean) / (std + 1e-5), mean, std
 
-    def encode(self, x:Tensor) -> Tensor:
+    def encode(self,
+        x:Tensor, # (..., d_in) raw activations
+    ) -> Tensor: # (..., d_sae) latents, in the units of the normalised tokens
+        "Normalise and encode."
         if x.shape[-1] != self.d_in: raise ValueError(f"This SAE reads activations of width {self.d_in}, got {x.shape[-1]}: is it the right site of the right model?")
         u, mean, size = self.normalise(x.to(self.dtype))
         acts = self.gate(self.pre_acts(u))
@@ -243,7 +248,11 @@ class TokenNormSAE(SAE):
         else: raise ValueError("This SAE normalises every token, and latents alone don't say how large a token was: give the tokens as well, decode(acts, x).")
         return (acts @ self.W_dec + self.b_dec) * size + mean
 
-    def forward(self, x:Tensor) -> Tensor: return self.decode(self.encode(x), x)
+    def forward(self,
+        x:Tensor, # (..., d_in) raw activations
+    ) -> Tensor: # (..., d_in) raw reconstruction
+        "Encode and decode."
+        return self.decode(self.encode(x), x)
 
     @property
     def threshold(self) -> Tensor|None:
@@ -251,11 +260,15 @@ class TokenNormSAE(SAE):
         t = self.gate.inference_threshold()
         return None if t is None else t.to(self.device)
 
-    def fold(self, calibrate:Tensor|None=None) -> SAE:
+    def fold(self,
+        calibrate:Tensor|None=None, # not looked at
+    ) -> SAE: # itself
         "It is in its only form already: returns itself."
         return self
 
-    def save(self, folder:str|Path) -> Path:
+    def save(self,
+        folder:str|Path, # nothing is written there
+    ) -> Path: # never
         "Not in our own form, which has no place for it."
         raise ValueError("This SAE normalises every token, for which our own files have no place: write it with save_as(sae, folder, \"saelens\").")
 
@@ -274,7 +287,9 @@ class GroupMaxGate(Gate):
         if k < 1 or d_sae % k: raise ValueError(f"{d_sae} latents cannot be cut into {k} groups of one size.")
         self.k = int(k)
 
-    def forward(self, z:Tensor) -> Tensor:
+    def forward(self,
+        z:Tensor, # (..., d_sae) pre-activations
+    ) -> Tensor: # (..., d_sae) activations
         "Apply the gate."
         values, at = z.relu().unflatten(-1, (self.k, -1)).max(-1, keepdim=True)
         return torch.zeros_like(z).unflatten(-1, (self.k, -1)).scatter(-1, at, values).flatten(-2)
@@ -324,7 +339,7 @@ def site_of(
         return next((f"{kind}.{m[1]}" for pattern, kind in _modules if re.fullmatch(pattern, m[2] or "")), None)
     return name if re.fullmatch(r"(resid_pre|attn_out|mlp_in|mlp_out|resid_post)\.\d{1,4}", name) else None
 
-
+# %% ../../nbs/share/00a_formats.ipynb #b1d24128
 def lens_name(
     site:str|None, # ours
 ) -> str|None: # TransformerLens's
@@ -386,7 +401,7 @@ def tensors_of(
         if not finite(v): raise ValueError(f"{k} has NaN or infinite entries, and such an SAE is not saved: its training has diverged.")
     return out
 
-
+# %% ../../nbs/share/00a_formats.ipynb #7f838579
 def write_safely(
     path:str|Path, # where the file shall be
     write:Callable[[Path], Any], # writes it to the path it is given
@@ -415,7 +430,7 @@ def write_json(
     "Write a configuration."
     write_safely(path, lambda part: part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
 
-
+# %% ../../nbs/share/00a_formats.ipynb #84899e5b
 def refuse(
     sae:SAE, # that does not fit
     library:str, # whose files have no place for it

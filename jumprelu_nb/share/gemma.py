@@ -125,7 +125,7 @@ def by_layer(
     if not (n := sae.metadata.get("n_out_layers")): raise ValueError("This is no cross-layer transcoder: it writes one layer only.")
     return y_hat.unflatten(-1, (n, -1))
 
-
+# %% ../../nbs/share/00c_gemma.ipynb #eea4b9b2
 def find_gemma_2(
     path:Path, # folder or file
 ) -> Path|None: # the file
@@ -162,7 +162,7 @@ def _npz(path:Path, arrays:dict[str, np.ndarray]) -> None:
     "np.savez into an open file, because it changes names that do not end in .npz."
     with open(path, "wb") as f: np.savez(f, **arrays)
 
-
+# %% ../../nbs/share/00c_gemma.ipynb #d7f7b52e
 def write_gemma_2(
     sae:SAE, # that folds to a JumpReLU; a transcoder with or without a skip connection
     folder:Path, # made if missing

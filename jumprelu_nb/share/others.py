@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 import torch
 from torch import Tensor
 from ..sae.model import SAE
@@ -44,7 +43,7 @@ def _dict_class(tree:dict, cfg:dict, file:Path, ask:Ask) -> str:
         if key in tree: return name
     raise FormatError(file, "", "a config.json beside it that names trainer.dict_class", "none", "TopK and BatchTopK have the same tensors: give dict_class=\"AutoEncoderTopK\" or \"BatchTopKSAE\".")
 
-
+# %% ../../nbs/share/00d_others.ipynb #50dd5ed1
 def _scalar(tree:dict, key:str, file:Path) -> int|float|None:
     "The value of a tensor with one entry, or a plain number."
     v = tree.get(key)
@@ -150,7 +149,7 @@ def read_sparsify(
               metadata=about(ask, format="sparsify", hook_name=name))
     return build(p if trans else p.drop_pre_bias(), weights)
 
-
+# %% ../../nbs/share/00d_others.ipynb #1ba22c20
 def write_sparsify(
     sae:SAE, # with a TopK or GroupMax gate
     folder:Path, # made if missing
@@ -215,7 +214,7 @@ def read_llamascopium(
         p.W_enc.mul_(s_in); p.W_dec.div_(s_out); p.b_dec.div_(s_out)
     return build(p, weights)
 
-
+# %% ../../nbs/share/00d_others.ipynb #ed48f18b
 def _average_norm(places:dict, hook:str, file:Path) -> float:
     "The mean length of the activations at a hook point."
     key = f"dataset_average_activation_norm.{hook}"
@@ -224,7 +223,7 @@ def _average_norm(places:dict, hook:str, file:Path) -> float:
     if not 1e-30 < v < 1e30: raise FormatError(file, key, "a positive mean length", v)
     return v
 
-
+# %% ../../nbs/share/00d_others.ipynb #29f5b728
 def write_llamascopium(
     sae:SAE, # with a ReLU, JumpReLU or TopK gate
     folder:Path, # made if missing
@@ -280,7 +279,7 @@ def read_openai(
         p.gate, p.norm = dict(name="topk", k=number({"k": ask.get("k", _scalar(more, "k", file) or _scalar(tree, "activation.k", file))}, "k", file, 1)), "layer_norm"
     return build(p.drop_pre_bias(), file)
 
-
+# %% ../../nbs/share/00d_others.ipynb #dd1583d8
 def write_openai(
     sae:SAE, # with a ReLU, or a TopK on normalised tokens
     folder:Path, # made if missing
