@@ -44,7 +44,7 @@ class SAEBenchConfig(SimpleNamespace):
         "Everything but what SAEBench has hung in and JSON cannot hold."
         return {k: list(v) if isinstance(v, tuple) else v for k, v in self.__dict__.items() if k != "metadata"}
 
-
+# %% ../../nbs/share/00f_adapters.ipynb #1f1f2460
 class SAEBenchSAE(nn.Module):
     "An SAE with the members that SAEBench 0.6 reads: five tensors, encode, decode, device, dtype and a configuration."
     def __init__(self,

@@ -230,7 +230,7 @@ def open_safetensors(
     if 8 + n + end != size: raise FormatError(path, "", f"{8 + n + end:,} bytes, as its header says", f"{size:,}", "The file is cut off or damaged: download it again.")
     return found, remarks
 
-
+# %% ../../nbs/share/00_files.ipynb #6174cd56
 def open_sharded(
     path:str|Path, # of the file, which may have been split
 ) -> dict[str, Stored]: # key → place, in whatever part

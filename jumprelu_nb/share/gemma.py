@@ -116,7 +116,7 @@ def _flat(t:dict[str, Tensor], n:dict[str, int]) -> dict[str, Tensor]:
         out["affine_skip_connection"] = a.flatten(1) if a.dim() == 3 else torch.cat([a, a.new_zeros(n["d"], (n["n"] - 1)*n["e"])], -1)
     return out
 
-
+# %% ../../nbs/share/00c_gemma.ipynb #407e83d0
 def by_layer(
     sae:SAE, # one layer of a cross-layer transcoder
     y_hat:Tensor, # (..., n·d) what it gave
