@@ -406,7 +406,7 @@ def open_pt(
             if not isinstance(tree, dict): raise FormatError(path, "data.pkl", "a table of tensors", type(tree).__name__)
             return _resolve(tree, lambda note, key: _place(note, key, path, f, members, root), path)
 
-
+# %% ../../nbs/share/00_files.ipynb #ff7a382c
 def _resolve(tree:Any, place:Callable, path:Path) -> dict[str, Any]:
     "Replace notes by places, at most three tables deep; what lies deeper is dropped."
     def walk(node, key, depth):
