@@ -162,8 +162,8 @@ def test_debug_shows_the_traceback(cli, monkeypatch):
     "unknown tracker": ("train {small} --track abacus", "abacus"),
     "out below a file": ("train {small} --out {models}/text.txt/run", "cannot be written"),
     "out is a file": ("train {small} --out {models}/text.txt", "cannot be written"),
-    "nothing to evaluate": ("evaluate nowhere", "holds no cfg.json"),
-    "nothing to describe": ("info {models}", "holds no cfg.json"),
+    "nothing to evaluate": ("evaluate nowhere", "expected a folder or file, found nothing"),
+    "nothing to describe": ("info {models}", "expected the files of an SAE"),
 }.values())
 def test_bad_input(cli, line, said): refuses(cli, line, said)
 
@@ -188,12 +188,12 @@ def test_an_sae_of_another_place(cli, run):
 def test_damaged_saes(cli, run):
     whole = weights(run)
     (run/"sae_weights.safetensors").write_bytes(whole[:len(whole)//2])
-    refuses(cli, f"evaluate {run}", "truncated or damaged")
-    refuses(cli, f"info {run}", "truncated or damaged")
+    refuses(cli, f"evaluate {run}", "cut off")
+    refuses(cli, f"info {run}", "cut off")
     (run/"sae_weights.safetensors").write_bytes(whole)
     cfg = (run/"cfg.json").read_text()
-    for wrong, said in ((cfg[:50], "not readable as JSON"), (cfg.replace('"d_sae": 64', '"d_sae": 63'), "different SAEs"),
-                        (cfg.replace('"architecture": "jumprelu"', '"architecture": "abacus"'), "'abacus' is not one")):
+    for wrong, said in ((cfg[:50], "expected JSON"), (cfg.replace('"d_sae": 64', '"d_sae": 63'), "different SAEs"),
+                        (cfg.replace('"architecture": "jumprelu"', '"architecture": "abacus"'), "found abacus")):
         (run/"cfg.json").write_text(wrong)
         refuses(cli, f"info {run}", said)
 
@@ -319,3 +319,27 @@ def test_the_front_page_measures_the_default_command():
     bench = json.loads((root/"bench"/"results"/"train_default.json").read_text(encoding="utf-8"))
     assert bench["arguments"]["more"] == "" and {"32", "16"} <= bench["results"]["by_l0"].keys(), "python bench/train_default.py --out bench/results/train_default.json && python bench/picture.py"
     for r in bench["results"]["by_l0"].values(): assert not r["missed"], r["missed"]
+
+
+# ------------------------------------------------------------------------------------------------ other libraries' files
+def test_convert_and_info(cli, run):
+    code, out, _ = cli(f"convert {run} out --to gemma_scope")
+    assert code == 0 and "0 latents active on one side only" in out and "only the path can say it" in out and Path("out/params.npz").exists()
+    code, out, _ = cli("info out")
+    assert code == 0 and "gemma_scope" in out and "jumprelu" in out
+    refuses(cli, f"convert {run} out", "is there already")
+    refuses(cli, f"convert {run} new --to sparsify", "sparsify's files hold TopK")
+    refuses(cli, f"convert {run} new --to nonsense", "Unknown format 'nonsense'")
+    refuses(cli, f"convert {run} new --given k", "expected name=value")
+    refuses(cli, f"convert {run} new --given k=3", "not for k")
+    refuses(cli, "convert nowhere new", "found nothing")
+    code, out, _ = cli("info .")
+    assert code == 0 and "2 SAEs" in out and "runs/a" in out
+
+
+def test_info_of_other_formats(cli):
+    from _formats import variants
+    for i, name in enumerate(("saelens gated", "gemma_scope_2 affine", "dictionary_learning BatchTopKSAE", "sparsify", "llamascopium jumprelu, token-wise", "openai TopK")):
+        path = variants[name][1](Path(str(i))).path
+        code, out, err = cli(f"info {path}")
+        assert code == 0 and variants[name][0] in out, (out, err)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['app', 'with_help', 'recipe_field', 'state_of', 'choose_out', 'peak_memory_mb', 'run_metrics', 'train_command',
-           'evaluate_command', 'info_command', 'main']
+           'evaluate_command', 'info_command', 'given_value', 'convert_command', 'main']
 
 # %% ../../nbs/share/02_cli.ipynb #40e4b039
 def with_help(
@@ -271,7 +271,7 @@ def _farewell(sae:SAE, lm:LanguageModel, text:str, show:int, seed:int, out:Path)
 @app.command("evaluate")
 @with_help
 def evaluate_command(
-    dir:Path, # folder with sae_weights.safetensors and cfg.json
+    dir:Path, # folder of a run, or of an SAE of any known format
     model:str|None=None, # language model [default: the one it was trained on]
     site:str|None=None, # where in the model, as in resid_post.2 [default: as in training]
     text:str|None=None, # what the model reads [default: the text it was trained on]; validation side of it
@@ -283,8 +283,8 @@ def evaluate_command(
     "Evaluate a saved SAE on validation text."
     from jumprelu_nb.data.lm import LanguageModel
     from jumprelu_nb.evaluate.fidelity import evaluate
-    from jumprelu_nb.sae.model import SAE
-    sae, device = SAE.load(dir), _device(device)
+    from jumprelu_nb.share.exchange import load_sae
+    sae, device = load_sae(dir), _device(device)
     about = sae.metadata or {}
     for flag, name, given in (("model", "model_name", model), ("site", "site", site)):
         if not (given or about.get(name)): raise ValueError(f"{dir} does not say on which {flag} it was trained: give --{flag}.")
@@ -296,20 +296,28 @@ def evaluate_command(
 @app.command("info")
 @with_help
 def info_command(
-    dir:Path, # folder of a run, or of any saved SAE
+    dir:Path, # folder of a run, or of an SAE of any known format, or of several
 ) -> None:
     "Describe what is in a folder."
-    from jumprelu_nb.sae.model import SAE
+    from jumprelu_nb.share.exchange import load_sae, recognise, sae_folders
+    from jumprelu_nb.share.files import FormatError
     from jumprelu_nb.train.trainer import read_log
-    state, log = state_of(dir), read_log(dir)
+    state, log = state_of(dir), read_log(dir) if dir.is_dir() else []
     if state == "interrupted" or state == "empty" and log:
         last = log[-1] if log else {}
         print(f"{dir}: a training under way or interrupted, with {last.get('tokens', 0):,} tokens in its log" + (f", L0 {last['l0']:.1f}, FVU {last['fvu']:.3f}" if last else ""))
         return
-    sae = SAE.load(dir)
+    try: kind, _ = recognise(dir)
+    except FormatError:
+        if not (dir.is_dir() and (below := sae_folders(dir))): raise
+        print(f"{dir}: {len(below)} SAEs", *below, sep="\n  ")
+        return
+    sae = load_sae(dir, mmap=True)
     about, rows = sae.metadata or {}, {}
-    rows["SAE"] = f"{sae.d_in} → {sae.d_sae} latents, {sae.gate.name}, {str(sae.dtype).removeprefix('torch.')}"
-    if "model_name" in about: rows["reads"] = f"{about.get('site', '?')} of {about['model_name']}, contexts of {about.get('context_size', '?')}"
+    rows["SAE"] = f"{sae.d_in} → {sae.d_sae} latents" + (f" → {sae.d_out}" if hasattr(sae, "d_out") else "") + f", {sae.gate.name}, {str(sae.dtype).removeprefix('torch.')}" + ("" if getattr(sae, "W_skip", None) is None else ", skip connection")
+    rows["format"] = f"{kind.name} ({kind.library}'s)"
+    if "model_name" in about or "site" in about or "hook_name" in about: rows["reads"] = f"{about.get('site') or about.get('hook_name', '?')} of {about.get('model_name', '?')}, contexts of {about.get('context_size', '?')}"
+    if notes := about.get("notes"): rows["note"] = " ".join(map(str, notes))
     if isinstance(about.get("recipe"), dict):
         rows["trained"] = (f"recipe {about['recipe']['name']}, L0 {about.get('l0')}, seed {about.get('seed')}, {about.get('training_tokens', 0):,} tokens of {about.get('text', '?')} "
                            f"in {about.get('training_seconds', 0):.0f} s")
@@ -318,9 +326,34 @@ def info_command(
         m = json.loads((dir/"metrics.json").read_text(encoding="utf-8"))
         rows["metrics"] = ", ".join(f"{label} {m[k]:.{digits}f}" for label, k, digits in (("L0", "l0", 1), ("FVU", "fvu", 4), ("loss recovered vs mean", "loss_recovered_mean", 3),
                                     ("vs zero", "loss_recovered_zero", 3), ("dead", "dead_fraction", 3), ("dense", "dense_fraction", 3)) if m.get(k) is not None)
-    rows["files"] = ", ".join(f"{p.name} {p.stat().st_size / 1024:,.0f} KB" for p in sorted(dir.iterdir()) if p.is_file())
+    rows["files"] = ", ".join(f"{p.name} {p.stat().st_size / 1024:,.0f} KB" for p in sorted(dir.iterdir() if dir.is_dir() else [dir]) if p.is_file())
     print(dir)
     for k, v in rows.items(): print(f"  {k:11} {v}")
+
+# %% ../../nbs/share/02_cli.ipynb #221cbe42
+def given_value(
+    pair:str, # "name=value"
+) -> tuple[str, Any]: # name; a number, true, false, or the text
+    "Read one `--given`."
+    name, equals, text = (s.strip() for s in pair.partition("="))
+    if not (name and equals and text): raise ValueError(f"--given {pair}: expected name=value, as in --given threshold=1.5.")
+    for read in (int, float, {"true": True, "false": False}.__getitem__):
+        with suppress(ValueError, KeyError): return name, read(text)
+    return name, text
+
+
+@app.command("convert")
+@with_help
+def convert_command(
+    src:Path, # folder or file of an SAE of any known format
+    dst:Path, # folder to write into; must be empty or missing
+    to:str="saelens", # saelens, gemma_scope, gemma_scope_2, dictionary_learning, sparsify, llamascopium or openai
+    from_:str|None=None, # format of the source [default: recognised by its files]
+    given:list[str]|None=None, # name=value: what the source does not say (k, threshold, input_scale, model_name, site, dict_class, transcoder, embedding); may be repeated
+) -> None:
+    "Write an SAE in another library's form, and say what could not be carried."
+    from jumprelu_nb.share.exchange import convert
+    print(convert(src, dst, to, format=from_, **dict(map(given_value, given or []))))
 
 # %% ../../nbs/share/02_cli.ipynb #0ec3d262
 def _go_on(args:Sequence[str], out:Any) -> str:
