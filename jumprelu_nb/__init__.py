@@ -10,6 +10,7 @@ _public = {  # public name -> the room that holds it
     "LatentStats": "interpret.latents",
     "Transcoder": "sae.transcoder", "Synthetic": "data.synthetic", "pairs": "data.pairs", "advise": "train.advisor",
     "recovery": "evaluate.recovery", "sweep": "evaluate.sweep", "Frontier": "evaluate.frontier",
+    "load_sae": "share.hub", "listing": "share.hub", "gemma_scope": "share.hub", "push_to_hub": "share.publish",
 }
 _verbs = ["train", "evaluate"]  # chapters that can be called, see `_callable`
 __all__ = [*_public, *_verbs, "__version__"]
