@@ -22,7 +22,7 @@ from .formats import FORMATS
 
 # %% auto #0
 __all__ = ['Place', 'place_of', 'HubError', 'explained', 'speaking', 'tree', 'formats_at', 'natural', 'Listing', 'listing',
-           'needed', 'fetch', 'load_sae', 'exists', 'gemma_scope']
+           'needed', 'fetch', 'load_sae', 'exists', 'local', 'gemma_scope']
 
 # %% ../../nbs/share/01_hub.ipynb #74a8c5fb
 class Place(NamedTuple):
@@ -304,6 +304,14 @@ def exists(
     "Whether there is such a file or folder."
     try: return Path(name).exists()
     except (OSError, ValueError): return False
+
+
+def local(
+    name:str|Path, # folder or file; or owner/name/path on the hub
+    **how:Any, # as for `fetch`: revision, format, cache_dir, token, force
+) -> Path: # where it lies here
+    "Find a folder or file here, or fetch it."
+    return Path(name) if exists(name) or (where := place_of(name)) is None else fetch(*where, **how)[0]
 
 # %% ../../nbs/share/01_hub.ipynb #8161c663
 _widths = {2**(12 + i): name for i, name in enumerate(("4k", "8k", "16k", "32k", "65k", "131k", "262k", "524k", "1m"))}

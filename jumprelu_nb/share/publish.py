@@ -68,7 +68,7 @@ def model_card(
     parts = [f"# {repo.split('/')[1]}" + (f" · {path}" if path else ""), f"A sparse {kind} with {sae.d_sae:,} latents and a {gate} gate for activations of width {sae.d_in}{where}.", "## Use", "\n".join(["```python", *use, "```"])]
     if lens and path: parts.append(f"SAELens reads the files too: `SAE.from_pretrained({place})`.")
     if metrics: parts += ["## Metrics", _table({_metrics[k]: metrics[k] for k in _metrics if metrics.get(k) is not None}, ("metric", "value")), "Pooled over tokens; special tokens are left out. `metrics.json` has all numbers."]
-    if isinstance(recipe, Mapping): parts += ["## Recipe", _table({k: v for k, v in recipe.items() if v is not None and not isinstance(v, Mapping)}, ("field", "value"))]
+    if isinstance(recipe, Mapping): parts += ["## Recipe", _table({k: v for k, v in recipe.items() if v not in (None, "", [], ()) and not isinstance(v, Mapping)}, ("field", "value"))]
     if more := {k: v for k, v in about.items() if k not in ("model_name", "site", "recipe") and isinstance(v, (str, int, float))}: parts += ["## Origin", _table(more, ("what", "value"))]
     return "\n\n".join([f"---\n{head.to_yaml()}\n---", *parts]) + "\n"
 
