@@ -109,6 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
             if token and token not in hub.tokens: return self.send(401, b"{}", {"X-Error-Message": "Invalid credentials in Authorization header"})
             self.rights = hub.tokens.get(token, set()) if token else None
             if method == "POST" and path == "/api/repos/create": return self.create()
+            if method == "POST" and path == "/api/validate-yaml": return self.json({"errors": [], "warnings": []})
             if m := re.fullmatch(r"/cdn/([^/]+/[^/]+)/(\w+)/(.+)", path): return self.file(method, hub.repos[m[1]].commits[m[2]][m[3]], {}, fault)
             if m := re.fullmatch(r"/lfs/(\w+)", path):
                 hub.lfs[m[1]] = self.body
@@ -206,6 +207,8 @@ _loop = """
 import json, os, sys, warnings
 import torch
 torch.set_num_threads(1)
+import huggingface_hub.constants
+huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 4096                # what was received of a chunk is lost with its connection: 10 MB otherwise
 import jumprelu_nb as jr
 from jumprelu_nb.share import hub, publish
 names = dict(jr=jr, torch=torch, hub=hub, publish=publish, os=os)

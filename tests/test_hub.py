@@ -27,6 +27,8 @@ x = torch.randn(64, sae.d_in, generator=torch.Generator().manual_seed(1))
 out = dict(hub=sae.metadata["hub"], codes=sae.encode(x).double().sum().item(), y=sae(x).double().sum().item(), d_sae=sae.d_sae)
 """
 
+QUICK = "hub.time.sleep = lambda s: None\nimport huggingface_hub.file_download as f; f.time.sleep = lambda s: None\n"      # the server does not need the rest
+
 
 @pytest.fixture(scope="module")
 def hub():
@@ -140,7 +142,7 @@ def test_split_files(hub, online, offline, cache, tmp_path):
     whole = files.pop("sae_weights.safetensors")
     hub.repo("me/first", files)
     hub.fault("GET", r"00002-of-00002", 99, cut=50)
-    assert online(LOAD, repo="me/first", path="", cache=cache)["error"] == "HubError"
+    assert online(QUICK + LOAD, repo="me/first", path="", cache=cache)["error"] == "HubError"
     assert offline(LOAD, repo="me/first", path="", cache=cache)["error"] == "FormatError", "one part of two is no SAE"
     hub.faults.clear()
     same(online(LOAD, repo="me/first", path="", cache=cache), told(tmp_path/"local", dict(files, **{"sae_weights.safetensors": whole})))
@@ -175,7 +177,7 @@ def test_cut_for_good_leaves_nothing(hub, online, offline, cache, tmp_path):
     files = big(tmp_path)
     hub.repo("me/first", files)
     hub.fault("GET", r"sae_weights", 999, cut=0)
-    got = online("hub.time.sleep = lambda s: None\nimport huggingface_hub.file_download as f; f.time.sleep = lambda s: None\n" + LOAD, repo="me/first", path="", cache=cache)
+    got = online(QUICK + LOAD, repo="me/first", path="", cache=cache)
     assert got["error"] == "HubError" and "the connection broke" in got["message"] and cache in got["message"], got
     nothing_loads(cache, offline)
     hub.faults.clear()
@@ -215,7 +217,7 @@ def test_another_content_of_the_same_size(hub, online, cache, tmp_path):
     "A proxy's page instead of the file: nothing is loaded from it, and force=True repairs the cache."
     files = big(tmp_path)
     hub.repo("me/first", files)
-    hub.fault("GET", r"sae_weights", 1, content=(b"<html>please log in</html>" * 9999)[:len(files["sae_weights.safetensors"])])
+    hub.fault("GET", r"sae_weights", 1, content=(b"<html>please log in</html>" * 30_000)[:len(files["sae_weights.safetensors"])])
     got = online(LOAD, repo="me/first", path="", cache=cache)
     assert got["error"] == "FormatError" and "force=True fetches it again" in got["message"], got
     assert online(LOAD, repo="me/first", path="", cache=cache)["error"] == "FormatError"

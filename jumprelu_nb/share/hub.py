@@ -91,7 +91,7 @@ def explained(
         return HubError(f"{missing or 'There is '}no repository {repo} on {constants.ENDPOINT} {who}: check the name; if it is private or gated, log in with `hf auth login`.")
     if status == 401: return HubError(f"The hub does not accept the token that is set here: log in again with `hf auth login`, or unset HF_TOKEN to read {repo} without one.")
     if status == 403: return HubError(f"The token that is set here may not do this with {repo}: give it the permission on {constants.ENDPOINT}/settings/tokens.")
-    if status == 404: return HubError(f"{repo} lacks a file that it had when it was listed: call again.")
+    if isinstance(cause, errors.EntryNotFoundError): return HubError(f"{repo} lacks a file that it had when it was listed: call again.")
     if status is not None: return HubError(f"The hub answers {status} for {repo}: {kept}")
     if isinstance(cause, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         return HubError(f"{missing or 'There is '}nothing of {repo}{f' at {revision}' if revision else ''} in the cache {cache}, and HF_HUB_OFFLINE forbids to ask the hub: unset it, or set HF_HUB_CACHE to a cache that holds it.")
@@ -111,6 +111,9 @@ def speaking(
     from huggingface_hub import constants
     try: yield
     except (HubError, FormatError): raise
+    except ValueError as e:
+        if e.__cause__ is None: raise
+        raise explained(e.__cause__, repo, revision, cache or constants.HF_HUB_CACHE, missing) from e
     except (OSError, *_transport()) as e: raise explained(e, repo, revision, cache or constants.HF_HUB_CACHE, missing) from e
 
 # %% ../../nbs/share/01_hub.ipynb #ef07e924
@@ -204,18 +207,22 @@ def listing(
     if re.fullmatch(r"[0-9a-f]{40}", revision or "") and (have := _in_cache(where.repo, revision, cache_dir)): return have
     try:
         with speaking(where.repo, revision, cache_dir, missing):
-            info = _patiently(lambda: HfApi().model_info(where.repo, revision=revision, files_metadata=sizes, token=token))
+            commit, files = _patiently(lambda: _asked(HfApi(), where.repo, revision, sizes, token))
     except HubError as e:
         answered = getattr(getattr(e.__cause__, "response", None), "status_code", 500) < 500                     # it is there, and says no
         if answered or (have := _in_cache(where.repo, revision, cache_dir)) is None: raise
         if not constants.HF_HUB_OFFLINE: warnings.warn(f"{e} Using commit {have.revision[:8]} from the cache.", stacklevel=3)
         return have
-    return Listing(where.repo, info.sha, {f.rfilename: f.size for f in info.siblings or [] if _sound(f.rfilename)})
+    return Listing(where.repo, commit, files)
 
 
-def _sound(name:str) -> bool:
-    "Leave out what has no business in a repository."
-    return not (name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name)
+def _asked(api:Any, repo:str, revision:str|None, sizes:bool, token:Any) -> tuple[str, dict[str, int|None]]:
+    "The commit and its files, without names that have no business in a repository."
+    try:
+        info = api.model_info(repo, revision=revision, files_metadata=sizes, token=token)
+        good = lambda name: not (name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name)
+        return info.sha[:], {f.rfilename: f.size for f in info.siblings or [] if good(f.rfilename)}
+    except (ValueError, TypeError, KeyError, AttributeError) as e: raise HubError(f"What {api.endpoint} answers about {repo} is no listing ({type(e).__name__}): is this a hub, and is HF_ENDPOINT right?") from e
 
 # %% ../../nbs/share/01_hub.ipynb #7852d750
 _beside = ("cfg.json", "config.json", "hyperparams.json", "activation_scaler.json", "activation_whitening.safetensors")
@@ -262,7 +269,8 @@ def fetch(
     force:bool=False, # fetch again what the cache holds already
 ) -> tuple[Path, str]: # the folder or file in the cache; the commit it is of
     "Fetch the files of one SAE into huggingface_hub's cache, or find them there."
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
+    if force and constants.HF_HUB_OFFLINE: raise HubError(f"HF_HUB_OFFLINE forbids to fetch {repo} again: unset it, or leave force= out.")
     here = listing(repo, revision=revision, sizes=False, cache_dir=cache_dir, token=token)
     names, (repo, _) = needed(here, path, format), place_of(repo)
     if here.folder is not None and not force: return here.folder/path, here.revision
