@@ -381,7 +381,7 @@ def test_names_that_lead_elsewhere(hub, online, cache, tmp_path):
 def test_strange_answers(hub, online, cache):
     "An answer that is no listing ends in an error, not in a crash of the reader."
     for body in (b"", b"[]", b"{}", b'{"id": 3}', b"<html>"):
-        r = hub.repo("me/first", {})
+        hub.repo("me/first", {})
         original = hub.server.RequestHandlerClass.info
         hub.server.RequestHandlerClass.info = lambda self, *a: self.send(200, body, {"Content-Type": "application/json"})
         try: got = online(LOAD, repo="me/first", path="", cache=cache)
