@@ -261,6 +261,7 @@ def test_gated(hub, online, cache, tmp_path):
     assert m == f"google/gemma is gated: accept its terms on {hub.url}/google/gemma, then log in here with `hf auth login`, or set HF_TOKEN."
     m = message(online("os.environ['HF_TOKEN'] = 'reader'\ntry:\n" + "".join("    " + l + "\n" for l in LOAD.strip().splitlines()) + "finally: del os.environ['HF_TOKEN']", repo="google/gemma", path="", cache=cache))
     assert "is gated: accept its terms on" in m and "the token that is set here has no access yet" in m
+    assert "has no access yet" in message(online(LOAD, repo="google/gemma", path="", cache=cache, how=dict(token="reader")))
     assert not list(Path(cache).rglob("*.safetensors"))
     same(online(LOAD, repo="google/gemma", path="", cache=cache, how=dict(token="member")), told(tmp_path/"local", files))
 
@@ -453,8 +454,9 @@ def test_push_a_run(hub, online, cache, tmp_path):
     same(online(LOAD, repo="me/run", path="", cache=cache, how=dict(token="member")), told(tmp_path/"local", files))
 
 
-def test_push_refused(hub, online, tmp_path):
+def test_push_refused(hub, online, offline, tmp_path):
     made(tmp_path/"a")
+    assert "HF_HUB_OFFLINE forbids to write" in message(offline(PUSH, folder=str(tmp_path/"a"), repo="me/first", path="", token="writer"))
     assert "needs a token" in message(online(PUSH, folder=str(tmp_path/"a"), repo="me/first", path="", token=None))
     assert not hub.requests, "nothing is asked"
     assert "may not do this with me/first" in message(online(PUSH, folder=str(tmp_path/"a"), repo="me/first", path="", token="member"))

@@ -82,12 +82,14 @@ def explained(
     cause = e.__cause__ if isinstance(e, errors.LocalEntryNotFoundError) else e
     url, status = f"{constants.ENDPOINT}/{repo}", getattr(getattr(cause, "response", None), "status_code", None)
     kept = f"try again later; files that arrived whole are kept in {cache}."
+    sent = getattr(getattr(getattr(cause, "response", None), "request", None), "headers", None)
+    known = bool(get_token()) if sent is None else "authorization" in {k.lower() for k in sent}             # the hub was told who asks
     if isinstance(e, errors.GatedRepoError):
-        return HubError(f"{repo} is gated: accept its terms on {url}, " + ("and wait for its owner's consent if that is asked for, because the token that is set here has no access yet." if get_token() else "then log in here with `hf auth login`, or set HF_TOKEN."))
+        return HubError(f"{repo} is gated: accept its terms on {url}, " + ("and wait for its owner's consent if that is asked for, because the token that is set here has no access yet." if known else "then log in here with `hf auth login`, or set HF_TOKEN."))
     if isinstance(e, errors.DisabledRepoError): return HubError(f"{repo} has been disabled: {url} says more.")
     if isinstance(e, errors.RevisionNotFoundError): return HubError(f"{repo} has no revision {revision!r}: {url}/commits/main lists what there is.")
     if isinstance(e, errors.RepositoryNotFoundError):
-        who = "that the token set here may see" if get_token() else "that may be seen without a token"
+        who = "that the token set here may see" if known else "that may be seen without a token"
         return HubError(f"{missing or 'There is '}no repository {repo} on {constants.ENDPOINT} {who}: check the name; if it is private or gated, log in with `hf auth login`.")
     if status == 401: return HubError(f"The hub does not accept the token that is set here: log in again with `hf auth login`, or unset HF_TOKEN to read {repo} without one.")
     if status == 403: return HubError(f"The token that is set here may not do this with {repo}: give it the permission on {constants.ENDPOINT}/settings/tokens.")

@@ -121,6 +121,7 @@ def _send(folder:Path, where:Place, private:bool, revision:str|None, message:str
     "Upload a folder in one commit."
     from huggingface_hub import HfApi, constants, get_token
     if token is False or not (token or get_token()): raise HubError(f"Writing to {where.repo} needs a token with that permission: log in with `hf auth login`, or set HF_TOKEN; tokens are made on {constants.ENDPOINT}/settings/tokens.")
+    if constants.HF_HUB_OFFLINE: raise HubError(f"HF_HUB_OFFLINE forbids to write to {where.repo}: unset it.")
     api, ours = HfApi(token=token), {f"{where.path}/{p.name}".lstrip("/") for p in folder.iterdir() if p.name != "README.md"}
     with speaking(where.repo, revision, None):
         api.create_repo(where.repo, private=private, exist_ok=True)
