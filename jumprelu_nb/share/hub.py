@@ -55,18 +55,21 @@ def _transport() -> tuple[type[BaseException], ...]:
 
 def _passing(e:BaseException) -> bool:
     "Tell whether a failure may be gone in a second."
-    from huggingface_hub.errors import HfHubHTTPError
-    if isinstance(e, HfHubHTTPError): return e.response is not None and e.response.status_code in (408, 429, 500, 502, 503, 504)
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    if isinstance(e, (LocalEntryNotFoundError, ValueError)) and e.__cause__ is not None: e = e.__cause__
+    if isinstance(e, HfHubHTTPError): return e.response is not None and e.response.status_code in (408, 416, 429, 500, 502, 503, 504)
     if type(e) is OSError: return e.errno is None                                                     # the size is not what was announced
     return isinstance(e, _transport()) and not isinstance(e, FileNotFoundError) and not re.search("Connect|Timeout|Offline|Proxy", type(e).__name__) and getattr(e, "errno", None) is None
 
 
-def _patiently(fn:Callable, tries:int=3) -> Any:
-    "Call `fn`; after a failure that may pass, again."
+def _patiently(fn:Callable, tries:int=4) -> Any:
+    "Call `fn`; after a failure that may pass, again. It is told whether what has arrived is worth nothing."
+    spoilt = False
     for n in range(tries):
-        try: return fn()
+        try: return fn(spoilt)
         except Exception as e:
             if n == tries - 1 or not _passing(e): raise
+            spoilt |= type(e) is OSError or getattr(getattr(e, "response", None), "status_code", None) == 416
             time.sleep(.5*2**n)
 
 # %% ../../nbs/share/01_hub.ipynb #d7ede7e6
@@ -209,7 +212,7 @@ def listing(
     if re.fullmatch(r"[0-9a-f]{40}", revision or "") and (have := _in_cache(where.repo, revision, cache_dir)): return have
     try:
         with speaking(where.repo, revision, cache_dir, missing):
-            commit, files = _patiently(lambda: _asked(HfApi(), where.repo, revision, sizes, token))
+            commit, files = _patiently(lambda _: _asked(HfApi(), where.repo, revision, sizes, token))
     except HubError as e:
         answered = getattr(getattr(e.__cause__, "response", None), "status_code", 500) < 500                     # it is there, and says no
         if answered or (have := _in_cache(where.repo, revision, cache_dir)) is None: raise
@@ -279,7 +282,7 @@ def fetch(
     commit, folder = revision or "main", here.folder
     for name in names:                                            # the first notes in the cache where the branch stands, the others are of its commit
         with speaking(repo, revision, cache_dir):
-            file = Path(_patiently(lambda: hf_hub_download(repo, name, revision=commit, cache_dir=cache_dir, token=token, force_download=force)))
+            file = Path(_patiently(lambda spoilt: hf_hub_download(repo, name, revision=commit, cache_dir=cache_dir, token=token, force_download=force or spoilt)))
         folder = file.parents[len(PurePosixPath(name).parts) - 1]
         commit = folder.name
     return folder/path, commit
