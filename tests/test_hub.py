@@ -268,11 +268,11 @@ def test_gated(hub, online, cache, tmp_path):
     same(online(LOAD, repo="google/gemma", path="", cache=cache, how=dict(token="member")), told(tmp_path/"local", files))
 
 
-def test_gated_language_model(hub, online):
-    "The model itself is transformers' affair; its message must at least name the page."
+@pytest.mark.parametrize("token", ["", "reader"])
+def test_gated_language_model(token, hub, online):
     hub.repo("google/gemma", {"config.json": b"{}"}, gated=True)
-    m = online("jr.LanguageModel.load('google/gemma')")
-    assert "google/gemma" in m["message"]
+    got = online("if token: os.environ['HF_TOKEN'] = token\ntry: jr.LanguageModel.load('google/gemma')\nfinally: os.environ.pop('HF_TOKEN', None)", token=token)
+    assert message(got, "PermissionError").startswith(f"google/gemma is gated: accept its terms on {hub.url}/google/gemma, then log in")
 
 
 def test_missing(hub, online, cache, tmp_path):
