@@ -9,8 +9,9 @@ _public = {  # public name -> the room that holds it
     "Run": "train.trainer",
     "LatentStats": "interpret.latents", "steer": "interpret.steering",
     "Transcoder": "sae.transcoder", "Synthetic": "data.synthetic", "pairs": "data.pairs", "advise": "train.advisor",
-    "load_sae": "share.exchange", "save_as": "share.exchange", "convert": "share.exchange", "FormatError": "share.files", "to_saelens": "share.adapters", "to_saebench": "share.adapters",
+    "save_as": "share.exchange", "convert": "share.exchange", "FormatError": "share.files", "to_saelens": "share.adapters", "to_saebench": "share.adapters",
     "recovery": "evaluate.recovery", "sweep": "evaluate.sweep", "Frontier": "evaluate.frontier",
+    "load_sae": "share.hub", "listing": "share.hub", "gemma_scope": "share.hub", "push_to_hub": "share.publish",
 }
 _verbs = ["train", "evaluate", "browse"]  # chapters that can be called, see `_callable`
 __all__ = [*_public, *_verbs, "__version__"]

@@ -49,6 +49,7 @@ def load_pretrained(
 ) -> tuple: # (model, tokenizer), on the CPU, frozen
     "Load a causal language model and its tokenizer, never running code that comes with it."
     from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     where = str(files("jumprelu_nb.data").joinpath("embedded_lm")) if str(name) == "embedded" else str(name)
     local, remedy = where not in ("", ".") and Path(where).is_dir(), \
@@ -61,6 +62,8 @@ def load_pretrained(
     except Exception as e:
         cause = f"{type(e).__name__}: " + str(e).strip().split("\n")[0][:200]
         if local: raise FileNotFoundError(f"the language model in the folder {name} cannot be loaded ({cause}): {remedy}") from e
+        if isinstance(e, GatedRepoError) or isinstance(e.__cause__, GatedRepoError):
+            raise PermissionError(f"{name} is gated: accept its terms on {constants.ENDPOINT}/{name}, then log in here with `hf auth login`, or set HF_TOKEN; who has done so waits for its owner's consent") from e
         hub = "is switched off by HF_HUB_OFFLINE and nothing of this name was downloaded before" if constants.HF_HUB_OFFLINE else f"did not give it ({cause})"
         raise FileNotFoundError(f"no language model {str(name)!r}: there is no such folder, and the Hugging Face hub {hub}; {remedy}") from e
     if missing := sorted(info["missing_keys"]):
