@@ -183,7 +183,7 @@ def test_final_gain_is_the_norm(kind, extra):
     expected = gain*y/y.square().mean().sqrt()
     with torch.no_grad(): got = norm(x[None])[0] - (norm.bias if getattr(norm, "bias", None) is not None else 0)
     assert torch.allclose(got, expected, atol=1e-3) and centred == (kind in ("gpt2", "gpt_neox", "olmo"))
-    assert logit_effects(SAE(32, 5).init_(0), lm, k=3).shape == (5, 2, 3)
+    assert logit_effects(SAE(32, 5).init_(0), lm, k=3)[0].shape == (5, 2, 3)
     with pytest.raises(ValueError, match="residual stream"): logit_effects(SAE(16, 5), lm)
 
 

@@ -5,187 +5,60 @@
 # %% ../../nbs/interpret/01_latents.ipynb #7ff89fd0
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass
-from html import escape
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 import torch
 from torch import Tensor
 from ..data.activations import keep_mask
-from ..data.lm import LanguageModel, Site, find_blocks
-from ..data.text import pack, text_kind, texts
-from .streams import Best, bin_middle, bin_of, n_bins, random_keys, window_marks, windows_at
-from ..sae.model import SAE, write_atomically
+from ..data.lm import LanguageModel, Site
+from ..data.store import fingerprint
+from ..data.text import check_context_size, stream_contexts, text_kind, texts
+from .contexts import Context, Latent, Stratum, token_strings, visible  # noqa: F401  (looked for here, too)
+from .reading import latent_at, latents_of, token_index
+from .relations import co_activation, decoder_neighbours, final_gain, logit_effects  # noqa: F401
+from .store import describe, model_fingerprint, read_tensors, sae_fingerprint, whose, write_tensors
+from .streams import Best, bin_middle, bin_of, n_bins, random_keys  # noqa: F401
+from .tally import Tally
+from ..sae.model import SAE
+from ..sae.sparse import Active, encode_sparse
 
 # %% auto #0
-__all__ = ['visible', 'token_strings', 'Context', 'Latent', 'LatentStats', 'final_gain', 'logit_effects', 'collect', 'save_stats',
-           'load_stats', 'selectivity', 'interesting']
+__all__ = ['LatentStats', 'relate', 'check', 'save_stats', 'load_stats', 'batches_of', 'collect', 'take', 'used_tokens',
+           'resumed', 'selectivity', 'interesting']
 
 # %% ../../nbs/interpret/01_latents.ipynb #a1338047
-def visible(
-    token:str, # any text
-) -> str: # ↵ for a line end, ⇥ for a tab, \\uXXXX for what cannot be printed; spaces stay
-    "Make every character of a token visible."
-    named = {"\n": "↵", "\t": "⇥"}
-    return "".join(named.get(c) or (c if c.isprintable() else f"\\u{ord(c):04X}") for c in token)
-
-
-def token_strings(
-    lm:LanguageModel, # its tokenizer
-    ids:Iterable[int], # token ids
-) -> dict[int, str]: # id → its text, with its leading space
-    "Decode tokens one by one."
-    tok, out = lm.tokenizer, {}
-    for i in ids:
-        text, piece = tok.decode([i], clean_up_tokenization_spaces=False), tok.convert_ids_to_tokens(int(i)) if i < len(tok) else None
-        out[int(i)] = " " + text if isinstance(piece, str) and piece.startswith("▁") and not text.startswith(" ") else text
-    return out
-
-# %% ../../nbs/interpret/01_latents.ipynb #87d89d98
-@dataclass
-class Context:
-    "A place where a latent fires."
-    value: float # activation at the centre
-    position: int # of the centre, counted over the corpus
-    at: int # index of the centre in `tokens`
-    ids: list[int] # token ids of the window
-    tokens: list[str] # their text
-    acts: list[float] # activations over the window, rounded
-
-    def __str__(self) -> str:
-        return "".join(f"«{visible(t)}»" if i == self.at else visible(t) for i, t in enumerate(self.tokens))
-
-    def html(self, top:float) -> str:
-        "One line; the shade of a token is its activation as a share of `top`."
-        def span(i, t, a):
-            style = f"background:rgba(230,159,0,{min(1, max(0, a) / top):.2f});" if a > 0 and top > 0 else ""
-            return f'<span style="{style}{"text-decoration:underline" if i == self.at else ""}" title="{a:.3g}">{escape(visible(t))}</span>'
-        return (f'<div dir="ltr" style="white-space:pre;overflow:hidden"><span style="opacity:.6">{self.value:8.3g}  </span>'
-                + "".join(span(i, t, a) for i, (t, a) in enumerate(zip(self.tokens, self.acts))) + "</div>")
-
-# %% ../../nbs/interpret/01_latents.ipynb #953d3ec8
-@dataclass(repr=False)
-class Latent:
-    "What is known about one latent; prints, and shows itself in a notebook."
-    index: int # which one
-    frequency: float # share of tokens on which it fires
-    mean: float # over its activations
-    std: float # likewise
-    max: float # largest activation seen
-    histogram: Tensor # (n_bins,) counts of activations per logarithmic bin
-    top: list[Context] # strongest first
-    sample: list[Context] # at random
-    promoted: list[str] # tokens whose logit its direction raises most, directly
-    suppressed: list[str] # lowers most
-
-    def _head(self) -> str:
-        if not self.top: return f"latent {self.index} never fires"
-        return f"latent {self.index} · fires on {self.frequency:.2%} of tokens · mean {self.mean:.3g} · max {self.max:.3g}"
-
-    def show(self,
-        n:int=8, # contexts
-    ) -> str:
-        "A few lines of text for the terminal."
-        effects = [f"  {sign} " + " ".join(f"[{visible(t)}]" for t in side) for sign, side in (("↑", self.promoted), ("↓", self.suppressed)) if side]
-        return "\n".join([self._head(), *effects, *[f"{c.value:8.3g}  {c}" for c in self.top[:n]]])
-
-    def __repr__(self) -> str: return self.show()
-
-    def _repr_html_(self, n:int=10) -> str:
-        effects = "".join(f"<div>{sign} " + " ".join(f'<code style="white-space:pre;background:rgba(128,128,128,.15)">{escape(visible(t))}</code>' for t in side) + "</div>"
-                          for sign, side in (("↑", self.promoted), ("↓", self.suppressed)) if side)
-        return (f'<div style="font-family:monospace;font-size:12px"><b>{escape(self._head())}</b>{effects}' + "".join(c.html(self.max) for c in self.top[:n])
-                + (f'<div style="opacity:.6">at random</div>{"".join(c.html(self.max) for c in self.sample[:n // 2])}' if self.sample else "") + "</div>")
-
-# %% ../../nbs/interpret/01_latents.ipynb #1e0a0700
-class LatentStats:
+class LatentStats(Tally):
     "One-pass statistics of all latents of an SAE; the size does not depend on the number of tokens, and two of them can be merged."
-    def __init__(self,
-        d_sae:int, # number of latents
-        top_k:int=20, # strongest contexts kept per latent
-        sample:int=10, # random contexts kept per latent
-        window:tuple[int, int]=(10, 5), # tokens before and after the one where it fires
-        seed:int=0, # of the random contexts
-        device:torch.device|str="cpu", # where the statistics live
-    ):
-        if top_k < 1 or sample < 0 or min(window) < 0: raise ValueError(f"top_k={top_k}, sample={sample}, window={window}: at least one context, and no negative number.")
-        self.d_sae, self.window, self.seed, self.device = d_sae, tuple(window), seed, torch.device(device)
-        self.tokens = self.contexts = 0 # positions that counted; contexts seen
-        self.count = torch.zeros(d_sae, dtype=torch.long, device=device)
-        self.sum, self.sum_sq = torch.zeros(2, d_sae, dtype=torch.float64, device=device)
-        self.hist = torch.zeros(d_sae, n_bins, dtype=torch.long, device=device)
-        self.top, self.sample = (Best(d_sae, k, sum(window) + 1, device) for k in (top_k, sample))
-        self.strings: dict[int, str] = {} # token id → text
-        self.effects: Tensor|None = None # (d_sae, 2, k) int32 ids: most promoted, most suppressed tokens
-        self.about: dict[str, Any] = {} # model, site, text, …
+    @cached_property
+    def index(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        "Which latents have a token at the centre of their contexts: see `token_index`."
+        return token_index(self)
 
-    @torch.no_grad()
-    def update(self,
-        tokens:Tensor, # (contexts, positions) ids
-        acts:Tensor, # (contexts, positions, d_sae) activations
-        keep:Tensor|None=None, # (contexts, positions) bool: which positions count; default: all
-        first:int|None=None, # number of the first context in the corpus; default: go on counting
-    ) -> None:
-        "Add a batch of contexts."
-        B, T = tokens.shape
-        if acts.shape != (B, T, self.d_sae): raise ValueError(f"Activations of shape {tuple(acts.shape)} for tokens of shape {(B, T)} and {self.d_sae} latents: expected {(B, T, self.d_sae)}.")
-        tokens, first = tokens.to(self.device), self.contexts if first is None else first
-        keep = torch.ones(B, T, dtype=torch.bool) if keep is None else keep
-        acts = (acts.to(self.device) * keep.to(self.device)[..., None]).flatten(0, 1)                  # (B·T, d_sae)
-        p, f = acts.nonzero(as_tuple=True)                                                            # what fires: position in the batch, latent
-        a = acts[p, f].double()
-        self.count += torch.bincount(f, minlength=self.d_sae)
-        self.sum += torch.bincount(f, a, self.d_sae)
-        self.sum_sq += torch.bincount(f, a * a, self.d_sae)
-        self.hist += torch.bincount(f * n_bins + bin_of(a.abs()), minlength=self.d_sae * n_bins).view(self.d_sae, n_bins)
-        self.tokens += int(keep.sum())
-        self.contexts = max(self.contexts, first + B)
-        mark, position = window_marks(tokens, self.window[0]).flatten()[p], p + first * T
-        def window(at): return windows_at(tokens, acts, p[at], f[at], *self.window)
-        self.top.offer(f, a.abs(), a, position, mark, window)
-        self.sample.offer(f, random_keys(f, position, mark, seed=self.seed), a, position, mark, window)
+    def latents_of(self,
+        token:str|int, # text, with its leading space if it has one, or an id
+    ) -> list[tuple[int, int, float]]: # latent, number of its kept contexts with that token at the centre, and the share of its contexts; best first
+        "Look up the latents that fire on a token."
+        return latents_of(self, token, self.index)
 
-    def merge(self,
-        other:LatentStats, # of the same SAE on other text
+    def relate(self,
+        sae:SAE|None=None, # for neighbours and logit effects
+        lm:LanguageModel|None=None, # for logit effects
+        k:int=10, # neighbours and partners per latent
     ) -> LatentStats: # itself
-        "Add what another one has seen."
-        for k in ("d_sae", "window", "seed"):
-            if getattr(self, k) != getattr(other, k): raise ValueError(f"These statistics differ in {k} ({getattr(self, k)} and {getattr(other, k)}) and cannot be merged.")
-        for k in ("count", "sum", "sum_sq", "hist"): setattr(self, k, getattr(self, k) + getattr(other, k).to(self.device))
-        self.tokens, self.contexts = self.tokens + other.tokens, max(self.contexts, other.contexts)
-        self.top.merge(other.top); self.sample.merge(other.sample)
-        self.strings |= other.strings
-        if self.effects is None: self.effects = other.effects
-        return self
+        "Find effects on logits, decoder neighbours, and partners: see `relate`."
+        return relate(self, sae, lm, k)
 
-    @property
-    def alive(self) -> Tensor:
-        "(d_sae,) bool: it has fired."
-        return self.count > 0
-    @property
-    def frequency(self) -> Tensor:
-        "(d_sae,) share of tokens on which each latent fires."
-        return self.count.double() / max(self.tokens, 1)
-    @property
-    def mean(self) -> Tensor:
-        "(d_sae,) mean of its activations where it fires; NaN for a dead latent."
-        return self.sum / self.count
-    @property
-    def std(self) -> Tensor:
-        "(d_sae,) standard deviation of the same."
-        return (self.sum_sq / self.count - self.mean**2).clamp_min(0).sqrt()
-    @property
-    def max(self) -> Tensor:
-        "(d_sae,) largest activation, by magnitude; 0 for a dead latent."
-        return self.top.key[:, 0].clamp_min(0).float()
-
-    def quantile(self,
-        q:float, # 0 to 1
-    ) -> Tensor: # (d_sae,)
-        "Read a quantile of each latent's activations off the histogram, to 9 %."
-        return bin_middle((self.hist.cumsum(1) < (q * self.count)[:, None]).sum(1).clamp_max(n_bins - 1))
+    def check(self,
+        sae:SAE|None=None, # the one they are to be used with
+        lm:LanguageModel|None=None, # likewise
+    ) -> None:
+        "Refuse an SAE or a model that is not the one these statistics were collected for."
+        check(self, sae, lm)
 
     @staticmethod
     def collect(
@@ -194,7 +67,7 @@ class LatentStats:
         text:Any="stdlib", # text source, as for `texts`
         split:str|None="train", # side of the source
         tokens:int=200_000, # positions to read
-        **options, # more of `collect`: top_k, sample, window, site, context_size, effects, batch_tokens, seed
+        **options, # more of `collect`: top_k, sample, strata, window, site, context_size, effects, neighbours, batch_tokens, seed, out, save_every
     ) -> LatentStats:
         "Collect the statistics of every latent in one pass over text."
         return collect(sae, lm, text, split, tokens, **options)
@@ -216,57 +89,78 @@ class LatentStats:
     def load(
         folder:str|Path, # holds `latents.safetensors`
     ) -> LatentStats: # on the CPU
-        "Read what `save` wrote."
+        "Open what `save` wrote; latents are read when they are looked at."
         return load_stats(folder)
-
-    def __len__(self) -> int: return self.d_sae
-    def __repr__(self) -> str:
-        return f"LatentStats({self.d_sae} latents, {int(self.alive.sum())} alive on {self.tokens:,} tokens, L0 {float(self.frequency.sum()):.1f})"
 
     def __getitem__(self, i:int) -> Latent:
         if not -self.d_sae <= i < self.d_sae: raise IndexError(f"There are {self.d_sae} latents, 0 to {self.d_sae - 1}: no latent {i}.")
-        i = int(i) % self.d_sae
-        effects = [[self.strings.get(t, f"⟨{t}⟩") for t in side] for side in self.effects[i].tolist()] if self.effects is not None else [[], []]
-        return Latent(i, float(self.frequency[i]), float(self.mean[i]), float(self.std[i]), float(self.max[i]), self.hist[i], self._contexts(self.top, i), self._contexts(self.sample, i), *effects)
+        return latent_at(self, int(i) % self.d_sae)
 
-    def _contexts(self, best:Best, i:int) -> list[Context]:
-        out = []
-        for j in range(int((best.key[i] >= 0).sum())):
-            inside = (best.tokens[i, j] >= 0).nonzero().squeeze(1)
-            ids, acts = best.tokens[i, j, inside].tolist(), best.acts[i, j, inside].tolist()
-            out.append(Context(float(best.value[i, j]), int(best.position[i, j]), self.window[0] - int(inside[0]), ids, [self.strings.get(t, f"⟨{t}⟩") for t in ids], acts))
-        return out
-
-# %% ../../nbs/interpret/01_latents.ipynb #63a7c479
+# %% ../../nbs/interpret/01_latents.ipynb #83fa76eb
 @torch.no_grad()
-def final_gain(
-    lm:LanguageModel, # the model
-) -> tuple[Tensor, bool]: # (d_model,) gain, and whether the norm also subtracts the mean
-    "Find the final norm's gain by asking the norm."
-    blocks = find_blocks(lm.model)
-    norms = [m for name, m in lm.model.named_modules() if not name.startswith(blocks) and "norm" in type(m).__name__.lower()]
-    if not norms: return torch.ones(lm.d_model, device=lm.device), False
-    v = 1. - 2.*(torch.arange(lm.d_model, device=lm.device) % 2)
-    def norm(x): return norms[-1](x.to(lm.dtype)[None, None])[0, 0].float()
-    return (norm(v) - norm(-v)) / 2 * v, bool(torch.allclose(norm(v + 3), norm(v), atol=1e-2))
+def relate(
+    stats:LatentStats, # what was collected
+    sae:SAE|None=None, # for neighbours and logit effects
+    lm:LanguageModel|None=None, # for logit effects
+    k:int=10, # neighbours and partners per latent
+) -> LatentStats: # the same
+    "Find effects on logits, decoder neighbours, and partners."
+    if sae is not None and lm is not None: stats.effects, stats.effect_values = logit_effects(sae, lm)
+    if sae is not None and k: stats.neighbours, stats.neighbour_cosine = decoder_neighbours(sae, k)
+    if k: stats.partners, stats.partner_score = co_activation(stats.lists, stats.d_sae, k)
+    return stats
 
 
-@torch.no_grad()
-def logit_effects(
-    sae:SAE, # its decoder rows
-    lm:LanguageModel, # final norm and unembedding
-    k:int=8, # tokens per side
-) -> Tensor: # (d_sae, 2, k) int32 ids: the most promoted, the most suppressed
-    "Rank tokens by the direct effect of each latent on their logits."
-    gain, centred = final_gain(lm)
-    W_U, out = lm.model.get_output_embeddings().weight.float(), []                                      # (vocab, d_model)
-    if W_U.shape[1] != sae.d_in: raise ValueError(f"Decoder rows of width {sae.d_in} do not reach an unembedding of width {W_U.shape[1]}: this SAE is not on the residual stream.")
-    for d in sae.W_dec.detach().to(lm.device).float().split(max(1, 2**26 // len(W_U))):
-        effect = ((d - d.mean(-1, keepdim=True) if centred else d) * gain) @ W_U.T
-        out.append(torch.stack([effect.topk(k).indices, (-effect).topk(k).indices], 1).int())
-    return torch.cat(out)
+def check(
+    stats:LatentStats, # what was collected
+    sae:SAE|None=None, # what it is to be used with
+    lm:LanguageModel|None=None, # likewise
+) -> None:
+    "Refuse an SAE or a model that is not the one of the statistics."
+    mark = stats.about.get("fingerprint") or {}
+    other = dict(stats.about, fingerprint=dict(mark))
+    if sae is not None:
+        if sae.d_sae != stats.d_sae: raise ValueError(f"These statistics are about {stats.d_sae} latents, and the SAE {describe(sae)} has {sae.d_sae}: collect them again.")
+        other.update(sae=describe(sae)); other["fingerprint"]["sae"] = sae_fingerprint(sae)
+    if lm is not None: other.update(model_name=lm.name); other["fingerprint"]["model"] = model_fingerprint(lm)
+    if mark and other["fingerprint"] != mark: raise ValueError(f"These statistics were collected for {whose(stats.about)}, not for {whose(other)}: collect them again.")
 
 # %% ../../nbs/interpret/01_latents.ipynb #e00f1b16
+_vectors = (*LatentStats.sums, "peak", "exponent", "threshold", "pre_unit", *LatentStats.found)
+
+
+def save_stats(
+    stats:LatentStats, # what was collected
+    folder:str|Path, # made if missing
+) -> Path: # the file
+    "Write `latents.safetensors`."
+    stats.lists.settle()
+    t = {k: v for k in _vectors if (v := getattr(stats, k)) is not None} | {f"{b}.{k}": getattr(getattr(stats, b), k) for b in stats.stores for k in Best.fields}
+    t |= {f"lists.{k}": getattr(stats.lists, k) for k in ("key", "size", "latents")} | {f"index.{i}": v for i, v in enumerate(stats.index)}
+    head = {k: getattr(stats, k) for k in ("window", "seed", "salt", "tokens", "contexts", "pre_tokens", "strings", "about")} | dict(room=stats.lists.room, floor=stats.lists.floor)
+    return write_tensors(Path(folder)/"latents.safetensors", t, head)
+
+
+def load_stats(
+    folder:str|Path, # holds `latents.safetensors`
+) -> LatentStats: # on the CPU, mapped into memory
+    "Open what `save_stats` wrote."
+    path = Path(folder)/"latents.safetensors"
+    if not path.is_file(): raise FileNotFoundError(f"{folder} holds no latents.safetensors: collect statistics first and save them there.")
+    head, t = read_tensors(path, "collect the statistics again")
+    try:
+        stats = LatentStats(0, 1, 0, head["window"], head["seed"], room=head["room"])
+        for k in _vectors: setattr(stats, k, t.get(k))
+        for b in stats.stores:
+            for k in Best.fields: setattr(getattr(stats, b), k, t[f"{b}.{k}"])
+        for k in ("key", "size", "latents"): setattr(stats.lists, k, t[f"lists.{k}"])
+        for k in ("salt", "tokens", "contexts", "pre_tokens", "about"): setattr(stats, k, head[k])
+        stats.d_sae, stats.lists.floor, stats.index = len(t["count"]), head["floor"], tuple(t[f"index.{i}"] for i in range(4))
+        stats.strings = {int(k): v for k, v in head["strings"].items()}
+    except KeyError as e: raise ValueError(f"{path} has no {e}, it was written by another version of this library: collect the statistics again.") from None
+    return stats
+
+# %% ../../nbs/interpret/01_latents.ipynb #b5c1a9e0
 def _documents(
     text:Any, # text source, as for `texts`
     split:str|None, # its side
@@ -277,7 +171,34 @@ def _documents(
     docs = list(texts(text, split))
     return [docs[i] for i in torch.randperm(len(docs), generator=torch.Generator().manual_seed(seed)).tolist()]
 
-# %% ../../nbs/interpret/01_latents.ipynb #151ef7a4
+
+def batches_of(
+    lm:LanguageModel, # its tokenizer
+    docs:Iterable[str], # documents
+    context_size:int, # positions per context
+    contexts:int, # per batch
+    limit:int, # contexts in all
+) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]|None]]: # (k, context_size) ids; number of the document and place in it, of every position
+    "Cut text into batches of contexts, and follow the documents."
+    end = getattr(lm.tokenizer, "eos_token_id", None)
+    end, b, number, place = lm.bos_id if end is None else end, int(lm.bos_id is not None), 0, 0
+    def placed(ids):
+        nonlocal number, place
+        flat = ids[:, b:].flatten()
+        cut, at = flat == end, torch.arange(len(flat))
+        n, o = number + cut.cumsum(0), at - 1 - torch.where(cut, at, -1 - place).cummax(0).values              # since the last separator
+        number, place = int(n[-1]), int(o[-1]) + 1
+        return ids, tuple(torch.nn.functional.pad(x.view(len(ids), -1), (b, 0), value=-1) for x in (n, o))
+    rest = torch.zeros(0, context_size, dtype=torch.long)
+    for block in chain(stream_contexts(lm, docs, context_size), [None]):
+        if block is not None: rest = torch.cat([rest, block.long()])
+        while limit and len(rest) and (block is None or len(rest) >= min(contexts, limit)):
+            ids, rest = rest[:min(contexts, limit)], rest[min(contexts, limit):]
+            limit -= len(ids)
+            yield placed(ids) if end is not None else (ids, None)
+        if not limit: return
+
+# %% ../../nbs/interpret/01_latents.ipynb #16cc8b51
 @torch.no_grad()
 def collect(
     sae:SAE, # the SAE
@@ -288,12 +209,16 @@ def collect(
     *,
     top_k:int=20, # strongest contexts kept per latent
     sample:int=10, # random contexts kept per latent
+    strata:int=3, # random contexts kept per interval of activations
     window:tuple[int, int]=(10, 5), # tokens before and after
     site:str|Site|None=None, # default: the one in the SAE's metadata
     context_size:int|None=None, # positions per context; default: as in training
     effects:bool|None=None, # also rank tokens by the direct logit effect; default: on the residual stream, if it is cheap
+    neighbours:int|None=None, # decoder neighbours and partners per latent; default: 10, or none for neighbours where a table of all pairs would take long
     batch_tokens:int=4096, # positions per forward pass
     seed:int=0, # of the random contexts and the order of documents
+    out:str|Path|None=None, # folder to save in, now and then, and to go on from
+    save_every:float=60., # seconds
 ) -> LatentStats:
     "Collect the statistics of every latent in one pass over text; the model stops after the site."
     about = getattr(sae, "metadata", None) or {}
@@ -303,52 +228,77 @@ def collect(
     lm = lm if isinstance(lm, LanguageModel) else LanguageModel.load(lm)
     site = lm.site(name)
     if sae.d_in != site.d_in: raise ValueError(f"The SAE reads {sae.d_in} numbers, but {site} of {lm.name} has {site.d_in}: it was trained on another site or model.")
-    ids = pack(lm, _documents(text, split, seed), context_size or min(about.get("context_size") or lm.context_size, lm.context_size), tokens)
-    stats = LatentStats(sae.d_sae, top_k, sample, window, seed, "cpu" if sae.device.type == "mps" else sae.device)
-    for part in ids.split(max(1, min(batch_tokens, 2**27 // sae.d_sae) // ids.shape[1])):
-        stats.update(part, sae.encode(lm.capture(part, [site])[site.name].to(sae.device)), keep_mask(lm, part))
+    T = check_context_size(lm, context_size or min(about.get("context_size") or lm.context_size, lm.context_size))
+    device = torch.device("cpu") if sae.device.type == "mps" else sae.device
+    per = max(1, min(batch_tokens, 2**26 // sae.d_sae) // T)
+    told = text if isinstance(text, str) else str(text) if isinstance(text, Path) else ""
     if effects is None: effects = site.kind in ("resid_pre", "resid_post", "mlp_out") and sae.d_sae * lm.vocab_size < 2**32 and sae.d_in == lm.d_model
-    if effects: stats.effects = logit_effects(sae, lm).to(stats.device)
-    seen = torch.cat([t.flatten().cpu() for t in (stats.top.tokens, stats.sample.tokens, *([stats.effects] if effects else []))]).unique()
-    stats.strings = token_strings(lm, seen[seen >= 0].tolist())
-    stats.about = dict(model_name=lm.name, site=site.name, text=text if isinstance(text, str) else "", split=split, context_size=ids.shape[1])
+    what = dict(model_name=lm.name, site=site.name, text=told, split=split, context_size=T, sae=describe(sae), fingerprint=dict(sae=sae_fingerprint(sae), model=model_fingerprint(lm)))
+    what["settings"] = dict(contexts=max(1, tokens // T), per_batch=per, top_k=top_k, sample=sample, strata=strata, window=list(window), seed=seed, effects=effects, neighbours=neighbours)
+    def new(): return LatentStats(sae.d_sae, top_k, sample, window, seed, device, sae.threshold, strata)
+    stats = resumed(out, what) or new()
+    done, trail, saved = *stats.about.get("reached", (0, "")), time.monotonic()
+    stats.about, read, so_far = what, 0, ""
+    for ids, documents in batches_of(lm, _documents(text, split, seed), T, per, what["settings"]["contexts"]):
+        so_far, read = fingerprint(so_far, ids), read + len(ids)
+        if read <= done:
+            if read == done and so_far != trail: raise ValueError(f"The text is not the one from which the statistics in {out} were begun: collect into another folder.")
+            continue
+        if not stats.contexts: stats.salt = int(so_far[:15], 16)
+        take(stats, sae, lm, site, ids, documents)
+        if out is not None and time.monotonic() - saved > save_every: stats.about["reached"] = [read, so_far]; stats.save(out); saved = time.monotonic()
+    stats.about["reached"] = [read, so_far]
+    if neighbours is None and sae.d_sae**2 * sae.d_in > 2**42 and device.type == "cpu": relate(stats)
+    else: relate(stats, sae, k=10 if neighbours is None else neighbours)
+    if effects: stats.effects, stats.effect_values = logit_effects(sae, lm)
+    stats.strings = token_strings(lm, used_tokens(stats))
+    if out is not None: stats.save(out)
     return stats
 
-# %% ../../nbs/interpret/01_latents.ipynb #4993b46a
-_tensors = ("count", "sum", "sum_sq", "hist")
+# %% ../../nbs/interpret/01_latents.ipynb #638b8151
+def take(
+    stats:LatentStats, # what is updated
+    sae:SAE, # the SAE
+    lm:LanguageModel, # the model
+    site:Site, # where the SAE reads
+    ids:Tensor, # (contexts, positions) token ids
+    documents:tuple[Tensor, Tensor]|None=None, # (contexts, positions) each: number of the document, place in it
+) -> None:
+    "Run one batch through the model and the SAE, and add it: one step of `collect`."
+    keep = keep_mask(lm, ids)
+    at = keep.flatten().nonzero().squeeze(1)
+    x = lm.capture(ids, [site])[site.name].flatten(0, 1)
+    x = x.index_select(0, at.to(x.device)).to(sae.device)                                      # (n, d_in) positions that count
+    if not bool(x.isfinite().all()): raise ValueError(f"{lm.name} gives NaN or infinity at {site.name}: no statistics can be made of that, try dtype=\"float32\" or \"bfloat16\".")
+    active = encode_sparse(sae, x)
+    first = stats.contexts
+    stats.update(ids, Active(at.to(active.tokens.device)[active.tokens], active.latents, active.values, (ids.numel(), sae.d_sae)), keep, documents=documents)
+    if stats.pre_unit is None: return
+    chosen = random_keys(at + first * ids.shape[1], seed=stats.seed + 2) < 1024 / sae.d_sae         # about 1024 pre-activations per token
+    if not bool(chosen.any()): return
+    (gain, shift, _), C = sae.gate.inference(), sae.scale.to(sae.dtype)
+    z = sae.pre_acts(x[chosen.to(x.device)].to(sae.dtype) / C)
+    stats.update_pre(((z if gain is None else z * gain) + (0 if shift is None else shift)) * C)
 
 
-def save_stats(
+def used_tokens(
     stats:LatentStats, # what was collected
-    folder:str|Path, # made if missing
-) -> Path: # the file
-    "Write `latents.safetensors`."
-    from safetensors.torch import save
-    t = {k: getattr(stats, k) for k in _tensors} | {f"{b}.{k}": getattr(getattr(stats, b), k) for b in ("top", "sample") for k in Best.fields}
-    if stats.effects is not None: t["effects"] = stats.effects
-    head = dict(window=stats.window, seed=stats.seed, tokens=stats.tokens, contexts=stats.contexts, strings=stats.strings, about=stats.about)
-    path = Path(folder)/"latents.safetensors"
-    write_atomically(path, save({k: v.cpu().contiguous() for k, v in t.items()}, {"jumprelu_nb": json.dumps(head)}))
-    return path
+) -> list[int]: # ids
+    "List the tokens that occur in contexts and effects."
+    parts = [getattr(stats, k).tokens[i:i + 8192].unique().cpu() for k in stats.stores for i in range(0, len(getattr(stats, k).tokens), 8192)]
+    ids = torch.cat([*parts, *([stats.effects.flatten().unique().cpu()] if stats.effects is not None else [])]).unique()
+    return ids[ids >= 0].tolist()
 
 
-def load_stats(
-    folder:str|Path, # holds `latents.safetensors`
-) -> LatentStats: # on the CPU
-    "Read what `save_stats` wrote."
-    from safetensors import SafetensorError, safe_open
-    path = Path(folder)/"latents.safetensors"
-    if not path.is_file(): raise FileNotFoundError(f"{folder} holds no latents.safetensors: collect statistics first and save them there.")
-    try:
-        with safe_open(path, "pt") as f: head, t = json.loads(f.metadata()["jumprelu_nb"]), {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, ValueError, KeyError, TypeError) as e: raise ValueError(f"{path} is truncated or damaged ({e}): collect the statistics again.") from None
-    stats = LatentStats(len(t["count"]), t["top.key"].shape[1], t["sample.key"].shape[1], head["window"], head["seed"])
-    for k in _tensors: setattr(stats, k, t[k])
-    for b in ("top", "sample"):
-        for k in Best.fields: setattr(getattr(stats, b), k, t[f"{b}.{k}"])
-    stats.tokens, stats.contexts, stats.about, stats.effects = head["tokens"], head["contexts"], head["about"], t.get("effects")
-    stats.strings = {int(k): v for k, v in head["strings"].items()}
-    return stats
+def resumed(
+    out:str|Path|None, # folder
+    about:dict[str, Any], # of what is to be collected
+) -> LatentStats|None: # what was saved there of the same collection
+    "Find an interrupted collection."
+    if out is None or not (Path(out)/"latents.safetensors").is_file(): return None
+    stats = load_stats(out)
+    if {k: v for k, v in stats.about.items() if k != "reached"} == about: return stats
+    warnings.warn(f"{out} holds statistics of {whose(stats.about)} with other settings; they are collected anew and replaced.", stacklevel=3)
 
 # %% ../../nbs/interpret/01_latents.ipynb #3ee3837a
 def selectivity(

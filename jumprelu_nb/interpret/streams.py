@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from ..sae import loops
+from ..sae.loops import loop
 
 # %% auto #0
-__all__ = ['octaves', 'per_octave', 'n_bins', 'bin_of', 'bin_middle', 'best_of', 'Best', 'scramble', 'random_keys',
-           'window_marks', 'windows_at']
+__all__ = ['octaves', 'per_octave', 'n_bins', 'bin_of', 'bin_middle', 'scramble', 'random_keys', 'window_marks', 'Windows',
+           'best_of', 'Best', 'TokenSample']
 
 # %% ../../nbs/interpret/00_streams.ipynb #6e672599
 octaves, per_octave = (-12, 12), 4
@@ -31,82 +34,6 @@ def bin_middle(
 ) -> Tensor: # the activation at their middle
     "Undo `bin_of`, up to 9 %."
     return 2 ** ((b + .5) / per_octave + octaves[0])
-
-# %% ../../nbs/interpret/00_streams.ipynb #2d6c07a1
-def _lexsort(
-    *keys:Tensor, # (n,) each, the most significant first; ascending
-) -> Tensor: # (n,) permutation
-    "Sort by several keys."
-    order = torch.arange(len(keys[0]), device=keys[0].device)
-    for k in reversed(keys): order = order[k[order].argsort(stable=True)]
-    return order
-
-
-def best_of(
-    group:Tensor, # (n,) int64
-    key:Tensor, # (n,) float64, larger is better
-    position:Tensor, # (n,) int64, the smaller wins among equals
-    mark:Tensor, # (n,) int64, entries of a group with equal marks are the same
-    k:int, # entries to keep per group
-) -> tuple[Tensor, Tensor]: # indices of the entries kept, and the rank of each in its group
-    "Keep the k best distinct entries of every group."
-    order = _lexsort(group, mark, -key, position)
-    g, m = group[order], mark[order]
-    first = torch.ones_like(g, dtype=torch.bool)
-    first[1:] = (g[1:] != g[:-1]) | (m[1:] != m[:-1])
-    order = order[first]                                                         # distinct
-    order = order[_lexsort(group[order], -key[order], position[order])]
-    g = group[order]
-    rank = torch.arange(len(g), device=g.device) - torch.searchsorted(g, g)     # distance from the start of the group
-    return order[rank < k], rank[rank < k]
-
-# %% ../../nbs/interpret/00_streams.ipynb #bc3f4ff4
-class Best:
-    "For each of many groups the entries with the largest keys, with the window of tokens around each."
-    fields = ("key", "value", "position", "mark", "tokens", "acts")
-
-    def __init__(self,
-        groups:int, # number of groups
-        k:int, # entries per group
-        width:int, # tokens per window
-        device:torch.device|str="cpu", # where it lives
-    ):
-        self.key = torch.full((groups, k), -1., dtype=torch.float64, device=device) # −1: empty
-        self.value = torch.zeros(groups, k, device=device) # activation at the centre
-        self.position, self.mark = torch.full((2, groups, k), -1, dtype=torch.long, device=device) # in the corpus; hash of the causal window
-        self.tokens = torch.full((groups, k, width), -1, dtype=torch.int32, device=device) # −1: outside of the context
-        self.acts = torch.zeros(groups, k, width, dtype=torch.bfloat16, device=device) # over the window, for shading
-
-    def offer(self,
-        group:Tensor, # (n,) int64
-        key:Tensor, # (n,) float64 ≥ 0
-        value:Tensor, # (n,) activations
-        position:Tensor, # (n,) in the corpus
-        mark:Tensor, # (n,) hash of the causal window
-        window:Callable[[Tensor], tuple[Tensor, Tensor]], # entry numbers (m,) → tokens and activations (m, width)
-    ) -> None:
-        "Let entries in if they are good enough."
-        if not (k := self.key.shape[1]): return
-        at = (key >= self.key[group, -1]).nonzero().squeeze(1)
-        if not len(at): return
-        at = at[best_of(group[at], key[at], position[at], mark[at], k)[0]]
-        new = dict(zip(self.fields, (key[at].double(), value[at].float(), position[at], mark[at], *window(at))))
-        touched, row = group[at].unique(return_inverse=True)
-        full = self.key[touched] >= 0                                                                      # (touched, k) entries that are there
-        both = {f: torch.cat([getattr(self, f)[touched][full], new[f].to(getattr(self, f))]) for f in self.fields}
-        row = torch.cat([full.nonzero()[:, 0], row])
-        kept, rank = best_of(row, both["key"], both["position"], both["mark"], k)
-        for f in self.fields: getattr(self, f)[touched[row[kept]], rank] = both[f][kept]    # a group never shrinks, so every old slot is overwritten
-
-    def merge(self,
-        other:Best, # for the same groups
-    ) -> None:
-        "Let another one's entries in."
-        if len(self.key) != len(other.key) or self.tokens.shape[2] != other.tokens.shape[2]:
-            raise ValueError(f"Stores of {tuple(self.tokens.shape)} and {tuple(other.tokens.shape)} (groups, entries, window) cannot be merged: only the number of entries may differ.")
-        full = other.key >= 0
-        e = {f: getattr(other, f)[full].to(self.key.device) for f in self.fields}
-        self.offer(full.nonzero()[:, 0].to(self.key.device), e["key"], e["value"], e["position"], e["mark"], lambda at: (e["tokens"][at], e["acts"][at]))
 
 # %% ../../nbs/interpret/00_streams.ipynb #5b8dab9c
 def scramble(
@@ -139,16 +66,227 @@ def window_marks(
     return scramble(mark)
 
 # %% ../../nbs/interpret/00_streams.ipynb #cd201c8d
-def windows_at(
-    tokens:Tensor, # (contexts, positions) ids
-    acts:Tensor, # (contexts·positions, d_sae)
-    p:Tensor, # (m,) positions in the batch
-    f:Tensor, # (m,) latents
-    before:int, # tokens before p
-    after:int, # tokens after p
-) -> tuple[Tensor, Tensor]: # ids, −1 outside of the context, and activations of latent f: (m, before+1+after) each
-    "Cut out windows that do not leave their context."
-    T = tokens.shape[1]
-    t = (p % T)[:, None] + torch.arange(-before, after + 1, device=p.device)
-    inside, at = (t >= 0) & (t < T), (p // T * T)[:, None] + t.clamp(0, T - 1)
-    return tokens.flatten()[at].where(inside, -1), acts[at, f[:, None]].where(inside, 0)
+class Windows:
+    "A batch of contexts with the list of what fires in it, from which windows are cut when somebody needs them."
+    def __init__(self,
+        tokens:Tensor, # (contexts, positions) ids
+        p:Tensor, # (n,) position in the batch of each activation that is not zero, ascending
+        f:Tensor, # (n,) its latent, ascending within a position
+        a:Tensor, # (n,) the activation
+        before:int, # tokens before the one in the middle
+        after:int, # tokens after it
+    ):
+        self.tokens, self.p, self.f, self.a, self.before, self.after = tokens, p, f, a, before, after
+        self.width = int(f.max()) + 1 if len(f) else 1
+        self.cells = p * self.width + f # ascending
+
+    def __call__(self,
+        at:Tensor, # (m,) numbers of activations
+    ) -> tuple[Tensor, Tensor]: # ids, −1 outside of the context, and activations of the same latent: (m, before+1+after) each
+        "Cut out windows that do not leave their context."
+        T, p = self.tokens.shape[1], self.p[at]
+        t = (p % T)[:, None] + torch.arange(-self.before, self.after + 1, device=p.device)
+        inside, q = (t >= 0) & (t < T), (p // T * T)[:, None] + t.clamp(0, T - 1)
+        cell = q * self.width + self.f[at][:, None]
+        where = torch.searchsorted(self.cells, cell).clamp_max(len(self.cells) - 1)
+        return self.tokens.flatten()[q].where(inside, -1), self.a[where].where((self.cells[where] == cell) & inside, 0)
+
+# %% ../../nbs/interpret/00_streams.ipynb #2d6c07a1
+def best_of(
+    group:Tensor, # (n,) int64
+    key:Tensor, # (n,) floating point, larger is better
+    position:Tensor, # (n,) int64, the smaller wins among equals
+    mark:Tensor, # (n,) int64, entries of a group with equal marks are the same
+    k:int, # entries to keep per group
+) -> tuple[Tensor, Tensor]: # indices of the entries kept, group by group, and the rank of each in its group
+    "Keep the k best distinct entries of every group."
+    if len(key) > 1 and bool((position[1:] < position[:-1]).any()): order = position.argsort(stable=True)
+    else: order = torch.arange(len(key), device=key.device)
+    order = order[key[order].argsort(descending=True, stable=True)]
+    same = scramble(group[order] + scramble(mark[order]))                        # one number for group and mark
+    by = same.argsort(stable=True)                                               # equal ones side by side, the best in front
+    first = torch.ones_like(same, dtype=torch.bool)
+    first[by[1:]] = same[by[1:]] != same[by[:-1]]
+    order = order[first]                                                         # distinct, best first
+    order = order[group[order].argsort(stable=True)]
+    g = group[order]
+    rank = torch.arange(len(g), device=g.device) - torch.searchsorted(g, g)     # distance from the start of the group
+    return order[rank < k], rank[rank < k]
+
+# %% ../../nbs/interpret/00_streams.ipynb #bc3f4ff4
+@loop
+def _insert(lo, hi, group, key, value, position, mark, document, offset, p, f, T, before, ids, ends, bits, K, V, P, M, D, O, W, A):
+    "Put entries of the groups lo … hi into their rows, which are sorted, one by one."
+    k, width = W.shape[1], W.shape[2]
+    for i in range(len(group)):
+        g, x = group[i], key[i]
+        if g < lo or g >= hi or x < K[g, k - 1]: continue
+        r = 0
+        while r < k - 1 and K[g, r] >= 0 and M[g, r] != mark[i]: r += 1       # the same again, an empty place, or the weakest
+        if K[g, r] > x or K[g, r] == x and P[g, r] <= position[i]: continue
+        while r > 0 and (K[g, r - 1] < x or K[g, r - 1] == x and P[g, r - 1] > position[i]):
+            K[g, r], V[g, r], P[g, r], M[g, r], D[g, r], O[g, r] = K[g, r - 1], V[g, r - 1], P[g, r - 1], M[g, r - 1], D[g, r - 1], O[g, r - 1]
+            for j in range(width): W[g, r, j] = W[g, r - 1, j]; A[g, r, j] = A[g, r - 1, j]
+            r -= 1
+        K[g, r], V[g, r], P[g, r], M[g, r], D[g, r], O[g, r] = x, value[i], position[i], mark[i], document[i], offset[i]
+        t, base = p[i] % T, p[i] // T * T
+        for j in range(width):
+            W[g, r, j] = -1; A[g, r, j] = 0
+            if t + j < before or t + j - before >= T: continue
+            q = base + t + j - before
+            W[g, r, j] = ids[q]
+            first, last = (ends[q - 1] if q > 0 else 0), ends[q]
+            while first < last:
+                mid = (first + last) // 2
+                if f[mid] < f[i]: first = mid + 1
+                else: last = mid
+            if first < ends[q] and f[first] == f[i]: A[g, r, j] = bits[first]
+
+# %% ../../nbs/interpret/00_streams.ipynb #77c591b8
+class Best:
+    "For each of many groups the entries with the largest keys, with the window of tokens around each."
+    fields = ("key", "value", "position", "mark", "document", "offset", "tokens", "acts")
+    chunk = 2**20 # numbers of windows that are moved at once
+
+    def __init__(self,
+        groups:int, # number of groups
+        k:int, # entries per group
+        width:int, # tokens per window
+        device:torch.device|str="cpu", # where it lives
+    ):
+        self.key = torch.full((groups, k), -1., dtype=torch.float64, device=device) # −1: empty
+        self.value = torch.zeros(groups, k, device=device) # activation at the centre
+        self.position, self.mark = (torch.full((groups, k), -1, dtype=torch.long, device=device) for _ in range(2)) # in the corpus; entries of equal mark are the same
+        self.document, self.offset = (torch.full((groups, k), -1, dtype=torch.int32, device=device) for _ in range(2)) # number of the document and place in it; −1: not known
+        self.tokens = torch.full((groups, k, width), -1, dtype=torch.int32, device=device) # −1: outside of the context
+        self.acts = torch.zeros(groups, k, width, dtype=torch.bfloat16, device=device) # over the window, for shading
+
+    def offer(self,
+        group:Tensor, # (n,) int64
+        window:Callable[[Tensor], tuple[Tensor, Tensor]], # entry numbers (m,) → tokens and activations (m, width); `Windows` or another
+        **entry:Tensor, # (n,) each: key ≥ 0, value, position, mark, and if known document and offset
+    ) -> None:
+        "Let entries in if they are good enough."
+        if not (k := self.key.shape[1]): return
+        if isinstance(window, Windows) and loops.compiled() and self.key.device.type == "cpu": return self._insert(group, window, entry)
+        at = (entry["key"] >= self.key[:, -1].index_select(0, group)).nonzero().squeeze(1)
+        if not len(at): return
+        at = at[best_of(group[at], entry["key"][at], entry["position"][at], entry["mark"][at], k)[0]]
+        g, per = group[at], max(1, self.chunk // (k * max(1, self.tokens.shape[2])))
+        touched, row = g.unique_consecutive(return_inverse=True)
+        for first in range(0, len(touched), per):
+            lo, hi = torch.searchsorted(row, torch.tensor([first, first + per], device=row.device)).tolist()
+            self._enter(touched[first:first + per], row[lo:hi] - first, at[lo:hi], entry, window)
+
+    def _insert(self, group, window, entry): # the same by a compiled loop
+        unknown = torch.full_like(group, -1)
+        new = [entry.get(k, unknown).to(t).numpy() for k, t in zip(self.fields, (torch.float64, torch.float32, *[torch.long] * 4))]
+        ends = torch.bincount(window.p, minlength=window.tokens.numel()).cumsum(0)
+        loops.run("_insert", loops.cut(len(self.key)), group.numpy(), *new, window.p.numpy(), window.f.numpy(), window.tokens.shape[1], window.before, window.tokens.flatten().numpy(), ends.numpy(),
+                  window.a.bfloat16().view(torch.int16).numpy(), *(getattr(self, k).numpy() for k in self.fields[:7]), self.acts.view(torch.int16).numpy())
+
+    def _enter(self, touched, row, at, entry, window): # merge entries `at`, of groups touched[row], with what these groups have
+        full = self.key[touched] >= 0                                                                      # (touched, k) entries that are there
+        n = int(full.sum())
+        both = {f: torch.cat([getattr(self, f)[touched][full], entry[f][at].to(getattr(self, f))]) for f in self.fields[:6] if f in entry}
+        row = torch.cat([full.nonzero()[:, 0], row])
+        kept, rank = best_of(row, both["key"], both["position"], both["mark"], self.key.shape[1])
+        to, new = touched[row[kept]], kept >= n
+        for f, t in both.items(): getattr(self, f)[to, rank] = t[kept]                    # a group never shrinks, so every old slot is overwritten
+        for f, t in zip(("tokens", "acts"), window(at[kept[new] - n])):
+            old = getattr(self, f)[touched][full][kept[~new]]
+            getattr(self, f)[to[~new], rank[~new]] = old
+            getattr(self, f)[to[new], rank[new]] = t.to(old)
+
+    def entries(self,
+        rows:Tensor|slice=slice(None), # which groups
+    ) -> tuple[Tensor, dict[str, Tensor]]: # place of each entry's group in `rows`, and its fields
+        "List what is there."
+        part = {f: getattr(self, f)[rows] for f in self.fields}
+        full = part["key"] >= 0
+        return full.nonzero()[:, 0], {f: t[full] for f, t in part.items()}
+
+    def clear(self,
+        groups:Tensor, # (m,) which
+    ) -> None:
+        "Empty some groups."
+        for f in self.fields: getattr(self, f)[groups] = 0 if f in ("value", "acts") else -1
+
+    def add(self,
+        group:Tensor, # (n,) where each goes
+        e:dict[str, Tensor], # entries of another store
+    ) -> None:
+        "Let listed entries in."
+        self.offer(group, lambda at: (e["tokens"][at], e["acts"][at]), **{f: e[f] for f in self.fields[:6]})
+
+    def merge(self,
+        other:Best, # with the same windows
+        to:Tensor|None=None, # (groups of the other,) where each of its groups goes; default: to the same
+    ) -> None:
+        "Let another one's entries in."
+        if len(self.key) != len(other.key) or self.tokens.shape[2] != other.tokens.shape[2]:
+            raise ValueError(f"Stores of {tuple(self.tokens.shape)} and {tuple(other.tokens.shape)} (groups, entries, window) cannot be merged: only the number of entries may differ.")
+        per = max(1, self.chunk // max(1, other.tokens[0].numel()))
+        for first in range(0, len(self.key), per):
+            group, e = other.entries(slice(first, first + per))
+            e = {f: t.to(self.key.device) for f, t in e.items()}
+            group = group.to(self.key.device) + first
+            self.add(group if to is None else to[group], e)
+
+    @property
+    def nbytes(self) -> int:
+        "Bytes it takes, whatever the number of entries offered."
+        return sum(getattr(self, f).nbytes for f in self.fields)
+
+# %% ../../nbs/interpret/00_streams.ipynb #d24a7d58
+class TokenSample:
+    "The active latents of a uniform random sample of tokens, of a bounded total size."
+    def __init__(self,
+        room:int, # entries (token, latent) that are kept
+        device:torch.device|str="cpu", # where it lives
+    ):
+        self.room, self.floor = int(room), -1. # only tokens with a larger key can still get in
+        self.key = torch.zeros(0, dtype=torch.float64, device=device) # (tokens,) random number of each, in [0, 1)
+        self.size = torch.zeros(0, dtype=torch.int32, device=device) # (tokens,) active latents of each
+        self.latents = torch.zeros(0, dtype=torch.int32, device=device) # one token after the other
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def offer(self,
+        key:Tensor, # (tokens,) random number of each, in [0, 1)
+        size:Tensor, # (tokens,) how many latents are active on each
+        latents:Tensor, # (n,) which, one token after the other
+    ) -> None:
+        "Add tokens."
+        if not self.room: return
+        good = key > self.floor
+        self._waiting.append((key[good], size[good].int(), latents[good.repeat_interleave(size)].int()))
+        if sum(len(w[2]) for w in self._waiting) > self.room // 4: self.settle()
+
+    def settle(self) -> TokenSample: # itself
+        "Throw away what does not fit; until then up to a quarter more is kept."
+        if not self._waiting: return self
+        key, size, latents = (torch.cat(parts) for parts in zip((self.key, self.size, self.latents), *self._waiting))
+        self._waiting = []
+        order = key.argsort(descending=True, stable=True)
+        fits = int((size[order].long().cumsum(0) <= self.room).sum())
+        if fits < len(order): self.floor = max(self.floor, float(key[order[fits]]))
+        keep = key > self.floor
+        self.latents = latents[keep.repeat_interleave(size.long())]
+        self.key, self.size = key[keep], size[keep]
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        "Bytes it takes at present; never more than a quarter above those of a full sample."
+        return sum(t.nbytes for w in (*self._waiting, (self.key, self.size, self.latents)) for t in w)
+
+    def merge(self,
+        other:TokenSample, # of other tokens
+    ) -> None:
+        "Add what another one holds."
+        if self.room != other.room: raise ValueError(f"Samples with room for {self.room} and {other.room} entries cannot be merged.")
+        other.settle()
+        self.floor = max(self.floor, other.floor)
+        device = self.key.device
+        self._waiting.append((other.key.to(device), other.size.to(device), other.latents.to(device)))
+        self.settle()
