@@ -69,7 +69,7 @@ def pack_latent(
     def near(pairs): return [signs(j for j, _ in pairs[:others]), signs(step(v, 1.) for _, v in pairs[:others])]
     full = [k for k, c in enumerate(known.counts) if c > 0]
     hist = [full[0], [int(c) for c in known.counts[full[0]:full[-1] + 1]]] if full else [0, []]
-    pre = None if known.pre is None else [int(c) for c in known.pre[1]]
+    pre = None if known.pre is None else [int(a + b) for a, b in zip(known.pre[1][::2], known.pre[1][1::2])]        # pairs of bins: θ stays an edge
     return pack_contexts(known, vocabulary, lists) | {"up": said(known.promoted), "down": said(known.suppressed), "near": near(known.neighbours), "with": near(known.partners), "hist": hist, "pre": pre}
 
 # %% ../../nbs/browse/02_export.ipynb #cd8c177d
@@ -80,7 +80,7 @@ def squeeze(
     content:Any, # of JSON values
 ) -> str: # base64 of zlib of JSON
     "Pack something for the page."
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8", "surrogatepass")
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8", "backslashreplace")       # half a surrogate pair becomes \\ud800, which is how JSON writes it
     return base64.b64encode(zlib.compress(text, 9)).decode()
 
 
@@ -143,7 +143,7 @@ def export_html(
     sae:Any=None, # their SAE, to draw the window in which its thresholds were trained, and to make sure that it is theirs
     notes:Mapping[int, Mapping[str, Any]]|str|Path|None=None, # latent → dict(label, note, star), or the file of notes of a browser
     title:str|None=None, # default: model and site
-    contexts:tuple[int, int, int]=(10, 1, 5), # per list at most: strongest, per interval, at random
+    contexts:tuple[int, int, int]=(8, 2, 4), # per list at most: strongest, per interval, at random
     tokens:int=8, # promoted and suppressed tokens per latent at most
     others:int=8, # neighbours and partners per latent at most
     limit:int=50_000_000, # bytes of a file; more are spread over several
@@ -176,11 +176,11 @@ def _opened(folder:Path, sae:Any) -> tuple[Any, Any]: # statistics and SAE of a 
 
 
 def _notes(notes:Any, chosen:Sequence[int]) -> dict[str, dict[str, Any]]: # of the latents that are exported
-    if isinstance(notes, (str, Path)):
-        from jumprelu_nb.browse.browser import Notes
-        notes = Notes(notes)
     here = set(chosen)
-    return {str(i): {k: m[k] if k == "star" else str(m[k]) for k in ("label", "note", "star") if m.get(k)} for i, m in (notes or {}).items() if i in here and any(m.values())}
+    try:
+        if isinstance(notes, (str, Path)): notes = {int(i): m for i, m in json.loads(Path(notes).read_text(encoding="utf-8"))["latents"].items()}
+        return {str(i): said for i, m in (notes or {}).items() if i in here and (said := {k: bool(m[k]) if k == "star" else str(m[k]) for k in ("label", "note", "star") if m.get(k)})}
+    except (ValueError, KeyError, TypeError, AttributeError): raise ValueError(f"Notes are dictionaries like {{17: dict(label=…, note=…, star=True)}}, or the file in which a browser keeps them, not {str(notes)[:80]}.") from None
 
 
 def _start(stats:Any, chosen:Sequence[int]) -> int: # place of a latent worth beginning with

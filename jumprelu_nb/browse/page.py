@@ -75,7 +75,7 @@ function el(tag,how,...inside){
 }
 function draw(tag,how,...inside){
   const e=document.createElementNS('http://www.w3.org/2000/svg',tag);
-  for(const [k,v] of Object.entries(how||{}))if(k==='text')e.textContent=v;else e.setAttribute(k,v);
+  for(const [k,v] of Object.entries(how||{}))if(k==='text')e.textContent=v;else if(k==='ink')e.style.fill=v;else e.setAttribute(k,v);
   e.append(...inside);
   return e
 }
@@ -121,7 +121,7 @@ function histogram(edges,counts,how){
   if(how.theta>0){
     const px=x(how.theta),end=px>(l+r)/2;
     line(px,px,t,b,{stroke:accent,'stroke-width':1.4,'stroke-dasharray':'4 2',class:'theta'});
-    words(px+(end?-4:4),t-4,'θ '+short(how.theta),{fill:accent,class:'on','text-anchor':end?'end':'start'})
+    words(px+(end?-4:4),t-4,'θ '+short(how.theta),{ink:accent,class:'on','text-anchor':end?'end':'start'})
   }
   return svg
 }
@@ -207,7 +207,7 @@ function card(x){
 
 # %% ../../nbs/browse/01b_page.ipynb #22500743
 search_js = r"""
-const orders={number:'number',match:'best match',frequency:'frequency',mean:'mean activation',max:'largest activation',theta:'threshold θ',one:'about one token'};
+const orders={match:'best match',number:'number',frequency:'frequency',mean:'mean activation',max:'largest activation',theta:'threshold θ',one:'about one token'};
 const shows={all:()=>true,alive:(i,f)=>f>0,dead:(i,f)=>f===0,dense:(i,f)=>f>.1,'with notes':i=>!!head.notes[idOf(i)]};
 function centreOf(i){
   centres[i-head.from]??=(s=>s?numbers(s):[0])(column('centre',i));
@@ -243,14 +243,17 @@ function search(){
   const value={number:i=>-i,match:i=>found.get(i)[0],frequency:i=>column('count',i),mean:i=>column('mean',i)??-1,max:i=>column('max',i),theta:i=>column('theta',i)??-1,one}[by];
   const values=new Map(out.map(i=>[i,value(i)])), sign=state.up?-1:1;
   out.sort((a,b)=>sign*(values.get(b)-values.get(a))||column('count',b)-column('count',a)||a-b);
-  hits=out;why=found;shownRows=0;
-  list.replaceChildren();more();
+  hits=out;why=found;fill(0);
   tally.textContent=out.length?`${many(out.length)} latent${out.length===1?'':'s'}`:'Nothing found. A search knows tokens on which contexts are centred, numbers, labels and notes.';
   list.dataset.hits=out.length
 }
+function fill(from){
+  list.replaceChildren(...(from?[el('button',{class:'more',onclick:()=>fill(Math.max(0,from-150)),text:`${many(from)} before`})]:[]));
+  firstRow=shownRows=from;more()
+}
 function more(){
   const some=hits.slice(shownRows,shownRows+150);shownRows+=some.length;
-  list.querySelector('button')?.remove();
+  list.querySelector('button:last-child:not(:first-child)')?.remove();
   list.append(...some.map(i=>{
     const c=centreOf(i), note=head.notes[idOf(i)], words=[];
     for(let k=1;k<Math.min(c.length,7);k+=2)words.push(el('span',{class:'m chip',text:compact(head.vocab[c[k]])}));
@@ -258,6 +261,15 @@ function more(){
       el('b',{text:idOf(i)}),el('span',{class:'words',dir:'ltr'},note?el('span',{class:'name',text:(note.star?'★ ':'')+shown(note.label||'',40)}):null,words.length?words:el('span',{class:'s',text:'dead'})),el('span',{class:'s',text:percent(column('count',i)/Math.max(1,head.read),2)}))
   }));
   if(shownRows<hits.length)list.append(el('button',{class:'more',onclick:more,text:`${many(hits.length-shownRows)} more`}))
+}
+function follow(i){
+  const k=hits.indexOf(i);
+  if(k<0)return;
+  if(k<firstRow||k>=shownRows)fill(Math.max(0,k-40));
+  for(const a of list.querySelectorAll('[aria-current]'))a.removeAttribute('aria-current');
+  const mine=list.querySelector(`[data-f="${idOf(i)}"]`), r=mine.getBoundingClientRect(), l=list.getBoundingClientRect();
+  mine.setAttribute('aria-current','true');
+  if(r.top<l.top||r.bottom>l.bottom)list.scrollTop+=r.top-l.top-l.height/3
 }
 """
 
@@ -274,9 +286,7 @@ async function show(){
     if(turn!==turns)return;
     state.card=latentOf(b,i-b.first);place(card(state.card))
   }catch(e){place(message(`This latent could not be read: the file is damaged (${e.message}).`))}
-  for(const a of list.querySelectorAll('[aria-current]'))a.removeAttribute('aria-current');
-  const mine=list.querySelector(`[data-f="${idOf(i)}"]`);
-  if(mine){mine.setAttribute('aria-current','true');const r=mine.getBoundingClientRect(),l=list.getBoundingClientRect();if(r.top<l.top||r.bottom>l.bottom)list.scrollTop+=r.top-l.top-l.height/3}
+  follow(i)
 }
 function place(node){stage.replaceChildren(node);document.body.dataset.ready='1'}
 function go(i){
@@ -288,8 +298,7 @@ function go(i){
 function stepBy(by){
   if(!hits.length)return;
   const k=hits.indexOf(state.i), n=hits.length;
-  go(hits[k<0?0:(k+by+n)%n]);
-  while(shownRows<hits.length&&hits.indexOf(state.i)>=shownRows)more()
+  go(hits[k<0?0:(k+by+n)%n])
 }
 function random(){const some=hits.filter(i=>column('count',i)>0);if(some.length)go(some[Math.floor(Math.random()*some.length)])}
 function choice(name,options,label){
@@ -314,7 +323,7 @@ function key(e){
 frame_js = r"""
 const state={i:0,kind:'top',width:'16',lines:false,query:'',show:'all',sort:'match',up:false,f0:'',f1:'',t0:'',t1:'',card:null};
 const blocks=[],centres=[],presses={};
-let head,hits=[],why=null,shownRows=0,turns=0;
+let head,hits=[],why=null,firstRow=0,shownRows=0,turns=0;
 const list=el('nav',{class:'list','aria-label':'latents'}),tally=el('div',{class:'s','aria-live':'polite',role:'status',id:'jr-count'}),stage=el('main',{id:'jr-stage'});
 const field=el('input',{type:'number',min:0,id:'jr-number','aria-label':'number of a latent',onchange(e){location.hash='f='+Math.max(0,Math.round(Number(e.target.value)||0))}});
 function frame(){
