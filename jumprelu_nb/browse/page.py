@@ -13,8 +13,8 @@ from .svg import colours
 from .tokens import css, levels, tokens_js
 
 # %% auto #0
-__all__ = ['steps', 'reading_js', 'figure_js', 'context_js', 'card_js', 'search_js', 'moving_js', 'frame_js', 'page_css', 'sign',
-           'number', 'signs', 'step', 'page_script', 'digest', 'policy', 'document']
+__all__ = ['steps', 'reading_js', 'figure_js', 'context_js', 'card_js', 'search_js', 'list_js', 'moving_js', 'frame_js',
+           'page_css', 'sign', 'number', 'signs', 'step', 'page_script', 'digest', 'policy', 'document']
 
 # %% ../../nbs/browse/01b_page.ipynb #272ee464
 steps = 88 # levels of an activation, as a share of the latent's largest
@@ -247,6 +247,10 @@ function search(){
   tally.textContent=out.length?`${many(out.length)} latent${out.length===1?'':'s'}`:'Nothing found. A search knows tokens on which contexts are centred, numbers, labels and notes.';
   list.dataset.hits=out.length
 }
+"""
+
+# %% ../../nbs/browse/01b_page.ipynb #20188560
+list_js = r"""
 function fill(from){
   list.replaceChildren(...(from?[el('button',{class:'more',onclick:()=>fill(Math.max(0,from-150)),text:`${many(from)} before`})]:[]));
   firstRow=shownRows=from;more()
@@ -357,7 +361,7 @@ start();
 def page_script() -> str: # JavaScript
     "Put the pieces together."
     named = f"const levels={levels},steps={steps},colours=[{','.join(repr(c) for c in colours)}],accent={colours[1]!r};\n"
-    return "".join((reading_js, named, tokens_js(), figure_js, context_js, card_js, search_js, moving_js, frame_js))
+    return "".join((reading_js, named, tokens_js(), figure_js, context_js, card_js, search_js, list_js, moving_js, frame_js))
 
 
 page_css = css.strip() + """
