@@ -7,7 +7,7 @@ _public = {  # public name -> the room that holds it
     "Activations": "data.activations",
     "RECIPES": "train.recipes", "Recipe": "train.recipes", "get_recipe": "train.recipes",
     "Run": "train.trainer",
-    "LatentStats": "interpret.latents", "steer": "interpret.steering",
+    "LatentStats": "interpret.latents", "steer": "interpret.steering", "export_html": "browse.export",
     "Transcoder": "sae.transcoder", "Synthetic": "data.synthetic", "pairs": "data.pairs", "advise": "train.advisor",
     "save_as": "share.exchange", "convert": "share.exchange", "FormatError": "share.files", "to_saelens": "share.adapters", "to_saebench": "share.adapters",
     "recovery": "evaluate.recovery", "sweep": "evaluate.sweep", "Frontier": "evaluate.frontier",

@@ -18,10 +18,10 @@ from jumprelu_nb.sae.model import SAE
 from jumprelu_nb.share.cli import main
 from jumprelu_nb.train.trainer import train
 
-small = "--tokens 6000 --d-sae 64 --l0 8 --set batch_size=256 --eval-tokens 1000 --show 0"      # 24 steps
+small = "--tokens 6000 --d-sae 64 --l0 8 --set batch_size=256 --eval-tokens 1000 --show 0 --features 2000"      # 24 steps
 keys = """l0 fvu explained_variance ce_clean ce_sae ce_zero ce_mean loss_recovered_zero loss_recovered_mean kl dead_fraction dense_fraction shrinkage
           tokens seconds tokens_per_second d_in d_sae recipe seed peak_memory_mb control_fvu""".split()
-written = ["cfg.json", "log.jsonl", "metrics.json", "sae_weights.safetensors"]
+written = ["cfg.json", "features.html", "log.jsonl", "metrics.json", "sae_weights.safetensors"]
 
 
 @pytest.fixture(scope="session")
@@ -343,3 +343,30 @@ def test_info_of_other_formats(cli):
         path = variants[name][1](Path(str(i))).path
         code, out, err = cli(f"info {path}")
         assert code == 0 and variants[name][0] in out, (out, err)
+
+
+# ------------------------------------------------------------------------------------------------ browse
+def test_browse(cli, monkeypatch):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or True)
+    assert cli("train {small} --out runs/a --features 0")[0] == 0
+    assert sorted(p.name for p in Path("runs/a").iterdir()) == [n for n in written if n != "features.html"]
+    code, out, err = cli("browse runs/a --tokens 2000")
+    assert code == 0, err
+    made = Path("runs/a/features.html")
+    assert out.strip() == str(made) and opened == [made.resolve().as_uri()] and "Content-Security-Policy" in made.read_text()
+    before = made.stat().st_mtime_ns
+    assert cli("browse runs/a --no-open")[0] == 0 and made.stat().st_mtime_ns == before and len(opened) == 1     # it is there
+    assert cli("browse runs/a --again --keep --tokens 2000 --out b/c.html --no-open")[0] == 0 and Path("b/c.html").is_file() and Path("runs/a/latents.safetensors").is_file()
+    monkeypatch.setattr("webbrowser.open", lambda url: False)
+    code, out, err = cli("browse runs/a")
+    assert code == 0 and "no web browser" in err
+
+
+def test_browse_refuses(cli):
+    refuses(cli, "browse nowhere --no-open", "nowhere")
+    refuses(cli, "browse nowhere --tokens 0", "--tokens must be at least 1")
+    sae = train(torch.randn(400, 8), d_sae=16, l0=4, tokens=2000, batch_size=100, progress=False).sae
+    sae.save("plain")
+    refuses(cli, "browse plain --no-open", "plain", "--model")
+    refuses(cli, "browse plain --no-open --model embedded", "which site")

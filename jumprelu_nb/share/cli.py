@@ -24,11 +24,12 @@ import typer
 if TYPE_CHECKING:
     import torch
     from jumprelu_nb.data.lm import LanguageModel, Site
+    from jumprelu_nb.interpret.latents import LatentStats
     from jumprelu_nb.sae.model import SAE
 
 # %% auto #0
 __all__ = ['app', 'with_help', 'recipe_field', 'state_of', 'choose_out', 'peak_memory_mb', 'run_metrics', 'train_command',
-           'evaluate_command', 'info_command', 'given_value', 'convert_command', 'main']
+           'browse_command', 'evaluate_command', 'info_command', 'given_value', 'convert_command', 'main']
 
 # %% ../../nbs/share/02_cli.ipynb #40e4b039
 def with_help(
@@ -171,6 +172,7 @@ def train_command(
     track:str|None=None, # log there too: tensorboard, trackio, wandb, …
     eval_tokens:int=100_000, # length of the evaluation on validation text, in tokens
     show:int=5, # number of latents to show at the end
+    features:int=100_000, # length of the text behind features.html, in tokens; 0: do not write it
     quiet:bool=False, # print nothing but the folder
     checkpoint_seconds:float=30., # (hidden) at most this much work is lost by a kill
 ) -> None:
@@ -181,7 +183,7 @@ def train_command(
     from jumprelu_nb.train.recipes import get_recipe
     from jumprelu_nb.train.trainer import train
     chosen = get_recipe(recipe, **dict(map(recipe_field, set_ or [])) | ({} if l0 is None else {"l0": l0}))
-    for name, value, least in (("tokens", tokens, 1), ("d-sae", 1 if d_sae is None else d_sae, 1), ("eval-tokens", eval_tokens, 2), ("show", show, 0)):
+    for name, value, least in (("tokens", tokens, 1), ("d-sae", 1 if d_sae is None else d_sae, 1), ("eval-tokens", eval_tokens, 2), ("show", show, 0), ("features", features, 0)):
         if value < least: raise ValueError(f"--{name} must be at least {least}, got {value}.")
     lm, at = _model_and_site(model, site, layer, device, context_size)
     d_sae = d_sae or 10 * at.d_in
@@ -198,7 +200,9 @@ def train_command(
         sae = SAE.load(out, lm.device)                   # what is on disk is what is judged
         _same_run(sae, out, dict(model_name=lm.name, site=at.name, text=text, seed=seed, recipe=chosen.to_dict()), d_sae)
         if state == "finished": print(f"{out} is finished already; its metrics are in {out/'metrics.json'}.")
-        else: found = evaluate(sae, lm, text, tokens=eval_tokens, seed=seed)
+        else:
+            found = evaluate(sae, lm, text, tokens=eval_tokens, seed=seed)
+            stats = _features(sae, lm, out/"features.html", text, features, seed) if features else None
     except KeyboardInterrupt as e: raise KeyboardInterrupt(str(e), out if state_of(out) in ("interrupted", "trained") else None) from None
     except OSError as e:
         if e.errno: raise OSError(f"{out} could not be written ({e.strerror}): free some space, then go on with --resume.") from e
@@ -209,7 +213,7 @@ def train_command(
     if state == "finished": return
     _write_json(out/"metrics.json", run_metrics(found.to_dict(), sae, peak_memory_mb=round(peak_memory_mb() or 0) or None))
     print(out if quiet else f"\n{found}\n")
-    if not quiet: _farewell(sae, lm, text, show, seed, out)
+    if not quiet: _farewell(stats, show, seed, out)
 
 # %% ../../nbs/share/02_cli.ipynb #1241f49b
 def _model_and_site(model:str, site:str, layer:int|None, device:str, context_size:int|None=None) -> tuple[LanguageModel, Site]:
@@ -229,7 +233,7 @@ def _refuse(out:Path, resume:bool) -> str:
 
 def _sweep(out:Path) -> None:
     "Remove what a killed process was writing."
-    names = "checkpoint.pt", "log.jsonl", "sae_weights.safetensors", "cfg.json", "metrics.json", "writable"
+    names = "checkpoint.pt", "log.jsonl", "sae_weights.safetensors", "cfg.json", "metrics.json", "features.html", "writable"
     for p in [p for name in names for p in out.glob(f".{name}.*")]: p.unlink(missing_ok=True)
 
 
@@ -257,15 +261,52 @@ def _write_json(path:Path, content:dict) -> None:
     except OSError as e: raise OSError(f"{path} could not be written ({e.strerror or e}): free some space; --resume repeats only the evaluation.") from e
 
 
-def _farewell(sae:SAE, lm:LanguageModel, text:str, show:int, seed:int, out:Path) -> None:
+def _farewell(stats:LatentStats|None, show:int, seed:int, out:Path) -> None:
     "Show some latents and say what to do next."
-    from jumprelu_nb.interpret.latents import LatentStats
-    if show:
-        stats = LatentStats.collect(sae, lm, text, tokens=100_000, top_k=4, seed=seed)
+    if show and stats is not None:
         for i in stats.interesting(show, seed): print(stats[i].show(4), end="\n\n")
     print(f"In {out}: {', '.join(sorted(p.name for p in out.iterdir() if p.is_file() and not p.name.startswith('.')))}\n"
-          f"Next:   jumprelu evaluate {shlex.quote(str(out))}\n"
+          f"Next:   jumprelu evaluate {shlex.quote(str(out))}\n" + (f"        jumprelu browse {shlex.quote(str(out))}\n" if stats is not None else "") +
           f"        python -c {shlex.quote(f'import jumprelu_nb as jr; print(jr.SAE.load({json.dumps(str(out))}))')}")
+
+# %% ../../nbs/share/02_cli.ipynb #21deb705
+def _features(sae:SAE, lm:LanguageModel, path:Path, text:str, tokens:int, seed:int=0, keep:Path|None=None) -> LatentStats:
+    "Collect statistics and write the file."
+    from jumprelu_nb.browse.export import export_html
+    from jumprelu_nb.interpret.latents import LatentStats
+    stats = LatentStats.collect(sae, lm, text, tokens=tokens, seed=seed, out=keep)
+    export_html(stats, path, sae=sae)
+    return stats
+
+
+@app.command("browse")
+@with_help
+def browse_command(
+    dir:Path, # folder of a run, or of any saved SAE
+    out:Path|None=None, # the file [default: features.html in that folder]
+    model:str|None=None, # language model [default: the one it was trained on]
+    text:str|None=None, # what the model reads [default: the text it was trained on]
+    tokens:int=200_000, # length of that text, in tokens
+    again:bool=False, # write the file anew, even if it is there
+    keep:bool=False, # also keep the statistics in the folder, for jr.browse(folder) in a notebook
+    no_open:bool=False, # only write the file
+    device:str="auto", # auto, cpu, cuda, cuda:1, mps, …
+) -> None:
+    "Look at the latents of a saved SAE in a web browser."
+    import webbrowser
+    from jumprelu_nb.data.lm import LanguageModel
+    from jumprelu_nb.sae.model import SAE
+    path = out or dir/"features.html"
+    if tokens < 1: raise ValueError(f"--tokens must be at least 1, got {tokens}.")
+    if again or keep or not path.is_file():
+        sae, device = SAE.load(dir), _device(device)
+        about = sae.metadata or {}
+        if not (model or about.get("model_name")): raise ValueError(f"{dir} does not say on which model it was trained: give --model.")
+        if not about.get("site"): raise ValueError(f"{dir} does not say on which site it was trained, so there is nothing to read: its latents have no contexts.")
+        text = text or (about["text"] if about.get("text") not in (None, "given") else "stdlib")
+        _features(sae.to(device), LanguageModel.load(model or about["model_name"], device), path, text, tokens, keep=dir if keep else None)
+    print(path)
+    if not no_open and not webbrowser.open(path.resolve().as_uri()): print("There is no web browser to open it with here: open the file in one.", file=sys.stderr)
 
 # %% ../../nbs/share/02_cli.ipynb #652035d9
 @app.command("evaluate")
@@ -296,9 +337,11 @@ def evaluate_command(
 @app.command("info")
 @with_help
 def info_command(
-    dir:Path, # folder of a run, or of an SAE of any known format, or of several
+    dir:Path, # folder of a run, or of an SAE of any known format, or of several; or a repository of the hub
 ) -> None:
-    "Describe what is in a folder."
+    "Describe what is in a folder, or in a repository of the hub."
+    from jumprelu_nb.share.hub import listing, place_of
+    if not dir.exists() and place_of(dir): return print(listing(dir))
     from jumprelu_nb.share.exchange import load_sae, recognise, sae_folders
     from jumprelu_nb.share.files import FormatError
     from jumprelu_nb.train.trainer import read_log

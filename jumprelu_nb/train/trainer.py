@@ -28,6 +28,7 @@ from ..sae.sparse import Codes, codes_of
 from ..sae.ste import KERNELS
 from .advisor import settle
 from .build import advice, build_objective, build_sae, duration, lr_factor
+from .live import Live
 from .recipes import Recipe, get_recipe
 
 if TYPE_CHECKING: from plotly.graph_objects import Figure
@@ -311,7 +312,7 @@ def _loop(t:Trainer, log:list, spent:float, identity:dict, out:Path|None, stop:l
     from tqdm.auto import tqdm
     B, every = t.recipe.batch_size, max(1, t.steps // 100)
     started = saved = noted = time.perf_counter()
-    tracker = _tracker(track, out, identity)
+    tracker, view = _tracker(track, out, identity), Live(t.steps * B, t.recipe.l0, f"{t.recipe.name}, {t.acts.name}") if live else None
     bar = tqdm(total=t.steps * B, initial=t.step_no * B, unit="tok", unit_scale=True, disable=not progress, desc="train", mininterval=.5)
     checkpoint = lambda: out is not None and t.step_no < t.steps and _save_checkpoint(out/"checkpoint.pt", t, log, identity, spent + time.perf_counter() - started)
     batches = iter(t.loader) if t.step_no < t.steps else None
@@ -328,7 +329,7 @@ def _loop(t:Trainer, log:list, spent:float, identity:dict, out:Path|None, stop:l
                 if out is not None and (time.perf_counter() - noted > 1 or t.step_no == t.steps):
                     _write_log(out, log); noted = time.perf_counter()
                 if tracker: tracker.log({k: v for k, v in line.items() if k != "tokens"}, step=line["tokens"])
-                if live: _redraw(log)
+                if live: view.show(log)
             if stop:
                 checkpoint()
                 raise KeyboardInterrupt(f"Stopped after {t.step_no * B:,} of {t.steps * B:,} tokens" + (f"; resume=True (--resume) goes on from {out}." if out is not None else "; without out, nothing was kept."))
@@ -358,10 +359,3 @@ def _tracker(track:str|None, out:Path|None, identity:dict) -> Any:
     flat = identity | {k: v for k, v in identity["recipe"].items()}
     a.init_trackers("jumprelu_nb", config={k: v for k, v in flat.items() if isinstance(v, (int, float, str, bool))})
     return a
-
-
-def _redraw(log:list[dict]) -> None:
-    "Replace the last live figure of the notebook."
-    from IPython.display import display, update_display
-    show = display if len(log) == 1 else update_display
-    show(plot_log(log), display_id="jumprelu_nb.live")
