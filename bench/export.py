@@ -2,6 +2,7 @@
 
     python bench/export.py                                                 # 16,384 latents on the embedded model, 300,000 tokens of the standard library
     python bench/export.py --stats FOLDER --out bench/results/export.json  # of statistics that are there already
+    python bench/export.py --picture nbs/images/export.png                 # trains the SAE of the tutorial and takes its picture
 
 The contexts are real: the embedded model reads the standard library. The dictionary is a random one around the mean of the activations, with the threshold that gives the wanted L0 (as in
 bench/latents.py); its latents are less selective than trained ones, so their contexts repeat themselves less and compress worse. The file is opened by Chromium from disk with an empty cache, every
@@ -26,17 +27,39 @@ from latents import made
 from jumprelu_nb.browse.export import export_html
 from jumprelu_nb.data.lm import LanguageModel
 from jumprelu_nb.interpret.latents import LatentStats
+from jumprelu_nb.train.trainer import train
+
+
+def chromium() -> str:
+    "The browser of this machine."
+    return os.environ.get("CHROMIUM") or next(p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n)))
+
+
+def picture(to:Path) -> None:
+    "Train the SAE of nbs/tutorials/03_browser, export it, and photograph its latent of the word not, found by a search."
+    from playwright.sync_api import sync_playwright
+    lm = LanguageModel.load("embedded")
+    sae = train(lm, "resid_post.1", d_sae=512, l0=16, tokens=250_000, batch_size=512, progress=False).sae
+    stats = LatentStats.collect(sae, lm, tokens=200_000)
+    latent = max(stats.latents_of(" not"), key=lambda x: (x[2], x[1]))[0]
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as p:
+        path = export_html(stats, Path(folder)/"features.html", sae=sae, notes={latent: dict(label="negation, the word not", star=True)})
+        browser = p.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
+        page = browser.new_page(viewport=dict(width=1240, height=800))
+        page.goto(f"{path.as_uri()}#f={latent}"); page.wait_for_selector(f'[data-latent="{latent}"]')
+        page.fill("#jr-query", " not"); page.wait_for_timeout(300); page.keyboard.press("Escape"); page.keyboard.press("2")
+        page.screenshot(path=to)
+        browser.close()
 
 
 def in_chromium(path:Path, repeat:int) -> dict:
     "Open the file, walk, search."
     from playwright.sync_api import sync_playwright
-    chrome = os.environ.get("CHROMIUM") or next(p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n)))
     ready, switch, search, asked, memory = [], [], [], set(), 0
     painted = "new Promise(r=>requestAnimationFrame(()=>setTimeout(r)))"
     with sync_playwright() as p:
         for _ in range(repeat):
-            browser = p.chromium.launch(executable_path=chrome, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"])
+            browser = p.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"])
             page = browser.new_page(viewport=dict(width=1280, height=900))
             page.on("request", lambda r: asked.add(r.url))
             start = time.perf_counter()
@@ -50,7 +73,7 @@ def in_chromium(path:Path, repeat:int) -> dict:
     return dict(ready_s=round(median(ready), 3), ready_worst_s=round(max(ready), 3), switch_s=round(median(switch), 4), search_s=round(median(search), 4), heap_mb=round(memory), requests_beyond_the_file=len(asked) - 1, chromium=version)
 
 
-def main(words:list[str]|None=None) -> dict:
+def main(words:list[str]|None=None) -> dict|None:
     "Measure and report."
     p = argument_parser(__doc__)
     p.add_argument("--d-sae", type=int, default=16384)
@@ -58,7 +81,10 @@ def main(words:list[str]|None=None) -> dict:
     p.add_argument("--l0", type=float, default=64.)
     p.add_argument("--stats", type=Path, help="folder with statistics")
     p.add_argument("--repeat", type=int, default=5)
+    p.add_argument("--picture", type=Path, help="only take this picture")
     a = p.parse_args(words)
+    if a.picture: picture(a.picture); return None
+    del a.picture
     if a.stats: stats = LatentStats.load(a.stats)
     else:
         lm = LanguageModel.load("embedded")

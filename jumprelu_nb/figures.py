@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Mapping, Sequence
 if TYPE_CHECKING: from plotly.graph_objects import Figure
 
 # %% auto #0
-__all__ = ['palette', 'dress', 'lines', 'bars', 'heatmap']
+__all__ = ['palette', 'dress', 'lines', 'bars', 'heatmap', 'histogram', 'cloud', 'night']
 
 # %% ../nbs/figures.ipynb #b4825dc2
 palette = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555", "#000000")
@@ -103,3 +103,73 @@ def heatmap(
     kw = dict(colorscale="RdBu", zmid=0) if diverging else dict(colorscale="Blues")
     fig = dress(go.Figure(go.Heatmap(z=_values(z), **kw)), x, y, **layout)
     return fig.update_yaxes(autorange="reversed", showgrid=False).update_xaxes(showgrid=False)
+
+# %% ../nbs/figures.ipynb #d80105c6
+def histogram(
+    values:Any, # numbers of any shape, or name → numbers
+    x:str="", # title of the horizontal axis
+    y:str="count", # title of the vertical axis
+    *,
+    bins:int=40, # bars over the common range
+    log_x:bool=False, # bins of equal ratio; what is not positive is left out
+    vlines:Mapping[str, float]|None=None, # label → x position of a vertical rule
+    **layout, # passed on to `dress`
+) -> Figure:
+    "Draw how numbers are spread, as steps over common bins."
+    import torch
+    parts = {k: torch.as_tensor(v).detach().flatten().double().cpu() for k, v in (values if isinstance(values, Mapping) else {"": values}).items()}
+    parts = {k: v[v.isfinite() & (v > 0) if log_x else v.isfinite()] for k, v in parts.items()}
+    if not any(len(v) for v in parts.values()): raise ValueError("There is no number to draw a histogram of" + (", or none above 0 for a logarithmic axis." if log_x else "."))
+    parts = {k: v.log10() if log_x else v for k, v in parts.items()}
+    lo, hi = min(float(v.min()) for v in parts.values() if len(v)), max(float(v.max()) for v in parts.values() if len(v))
+    edges = torch.linspace(lo, hi if hi > lo else lo + 1, bins + 1, dtype=torch.float64)
+    corners = (10 ** edges if log_x else edges).repeat_interleave(2)                         # up and down at every edge
+    zero = torch.zeros(1, dtype=torch.float64)
+    curves = {k: (corners, torch.cat([zero, torch.histogram(v, edges).hist.repeat_interleave(2), zero])) for k, v in parts.items()}
+    fig = lines(curves, x, y, vlines=vlines, log_x=log_x, **layout)
+    return fig.update_traces(fill="tozeroy", line_width=1, opacity=.75)
+
+# %% ../nbs/figures.ipynb #10627f62
+def cloud(
+    x:Any, # (n,) positions
+    y:Any, # (n,) positions
+    x_title:str="", # of the horizontal axis
+    y_title:str="", # of the vertical axis
+    *,
+    groups:Mapping[str, Any]|None=None, # name → (n,) bool, or indices: drawn in a colour of their own
+    names:Sequence[str]|None=None, # (n,) shown when a point is pointed at
+    most:int=800, # points to draw, spread evenly over the order; groups share them
+    **layout, # passed on to `dress`
+) -> Figure:
+    "Draw points: a map of decoder rows, thresholds over frequencies."
+    import plotly.graph_objects as go
+    import torch
+    x, y = (torch.as_tensor(v).detach().flatten().double().cpu() for v in (x, y))
+    if len(x) != len(y): raise ValueError(f"{len(x)} horizontal and {len(y)} vertical positions: a point needs both.")
+    left, parts = torch.ones(len(x), dtype=torch.bool), {}
+    for name, who in (groups or {}).items():
+        who = torch.as_tensor(who).cpu()
+        parts[name] = who.nonzero().flatten() if who.dtype == torch.bool else who.long()
+        left[parts[name]] = False
+    parts = {"others" if parts else "": left.nonzero().flatten(), **parts}
+    fig, every = go.Figure(), max(1, -(-len(x) // max(1, most)))
+    for i, (name, who) in enumerate(parts.items()):
+        who = who[::every]
+        if len(who): fig.add_scatter(x=_values(x[who]), y=_values(y[who]), mode="markers", name=name, text=[str(names[int(k)]) for k in who] if names is not None else None,
+                                     marker=dict(size=4, opacity=.6, color="#999999" if i == 0 and len(parts) > 1 else palette[(i - (len(parts) > 1)) % len(palette)]))
+    return dress(fig.update_layout(showlegend=len(parts) > 1), x_title, y_title, **layout)
+
+# %% ../nbs/figures.ipynb #8b68f118
+def night(
+    fig:Figure, # any figure of this page
+) -> Figure: # another one, the given stays as it is
+    "Put a figure on a dark ground."
+    import plotly.graph_objects as go
+    out, ink, grid = go.Figure(fig), "#dddddd", "#333333"
+    out.update_layout(paper_bgcolor="#111111", plot_bgcolor="#111111", font_color=ink)
+    out.update_xaxes(gridcolor=grid, linecolor=ink, tickcolor=ink, zerolinecolor=grid).update_yaxes(gridcolor=grid, linecolor=ink, tickcolor=ink, zerolinecolor=grid)
+    light = {"#000000": "#ffffff", "#555555": "#aaaaaa", "#0072B2": "#4DA6E0"}
+    for t in out.data:
+        for part in ("line", "marker"):
+            if part in t and getattr(t[part], "color", None) in light: t[part].color = light[t[part].color]
+    return out

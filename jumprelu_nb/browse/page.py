@@ -335,7 +335,7 @@ function frame(){
   const select=(name,options,label)=>el('label',{},label+' ',el('select',{name,onchange:redo},options.map(([value,text])=>el('option',{value,text}))));
   const limit=(name,label)=>el('input',{type:'number',step:'any',name,'aria-label':label,placeholder:label.split(' ').pop(),oninput:redo});
   let wait;
-  const query=el('input',{type:'search',id:'jr-query',name:'query',placeholder:'token, number, label','aria-label':'search latents',autocomplete:'off',spellcheck:'false',oninput(e){clearTimeout(wait);wait=setTimeout(()=>redo(e),80)}});
+  const query=el('input',{type:'text',role:'searchbox',id:'jr-query',name:'query',placeholder:'token, number, label','aria-label':'search latents',autocomplete:'off',spellcheck:'false',oninput(e){clearTimeout(wait);wait=setTimeout(()=>redo(e),80)}});
   const side=el('aside',{},query,el('div',{class:'line'},select('show',Object.keys(shows).filter(k=>k!=='with notes'||Object.keys(head.notes).length).map(k=>[k,k]),'show'),
       select('sort',Object.entries(orders).filter(([k])=>k!=='theta'||head.theta),'by'),el('label',{},el('input',{type:'checkbox',name:'up',onchange:redo}),' reversed')),
     el('div',{class:'line'},'fires on',limit('f0','least percent of tokens, from'),'to',limit('f1','most percent of tokens, to'),'%'),
@@ -371,7 +371,7 @@ page_css = css.strip() + """
 #jr-app aside{padding:12px 14px 8px 18px;border-right:1px solid rgba(128,128,128,.3);display:flex;flex-direction:column;gap:7px;height:calc(100vh - 64px);position:sticky;top:0}#jr-app .main{padding:10px 24px 40px;max-width:1180px;min-width:0}
 #jr-app .list{overflow-y:auto;flex:1 1 120px;min-height:120px;margin:0 -6px;border-top:1px solid rgba(128,128,128,.2)}#jr-app .row{display:grid;grid-template-columns:52px minmax(0,1fr) 54px;gap:4px;padding:3px 6px;color:inherit;border-bottom:1px solid rgba(128,128,128,.12);align-items:baseline}
 #jr-app .row>:last-child{text-align:right;font-size:12px}#jr-app .row:hover{background:rgba(128,128,128,.12);text-decoration:none}#jr-app .row[aria-current]{background:rgba(47,134,193,.18);box-shadow:inset 3px 0 #2f86c1}
-#jr-app .words{white-space:nowrap;overflow:hidden;display:flex;gap:3px}#jr-app .words .chip{flex:none;padding:0 4px;font-size:11.5px;max-width:140px}#jr-app .name{font-weight:600;flex:none;max-width:150px;overflow:hidden;text-overflow:ellipsis}
+#jr-app .words{white-space:nowrap;overflow:hidden;display:flex;gap:3px}#jr-app .words .chip{flex:none;padding:0 4px;font-size:11.5px;max-width:140px}#jr-app .name{font-weight:600;flex:none;max-width:190px;overflow:hidden;text-overflow:ellipsis}
 #jr-app .line{display:flex;flex-wrap:wrap;gap:4px 8px;align-items:center;font-size:12.5px}#jr-app .tools{padding-bottom:8px;gap:6px 16px}#jr-app .hint{font-size:11.5px;line-height:1.35}#jr-app .more{width:100%;margin:6px 0}
 #jr-app button,#jr-app input,#jr-app select{font:inherit;font-size:12.5px;color:inherit;background:rgba(128,128,128,.1);border:1px solid rgba(128,128,128,.38);border-radius:5px;padding:2px 9px;min-height:27px}#jr-app select option{background:Canvas;color:CanvasText}
 #jr-app button{cursor:pointer}#jr-app button:hover{background:rgba(128,128,128,.22)}#jr-app :focus-visible{outline:2px solid #2f86c1;outline-offset:1px}#jr-app input[type=checkbox]{min-height:0;vertical-align:-2px}#jr-app input[type=number]{width:76px;padding-right:2px}#jr-query{width:100%;padding:5px 10px!important}

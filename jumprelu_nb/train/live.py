@@ -37,7 +37,7 @@ def round_numbers(
     "Choose what is written at an axis."
     if log:
         few = [m * 10. ** k for k in range(math.floor(math.log10(lo)) - 1, math.ceil(math.log10(hi)) + 1) for m in (1, 2, 5) if lo * .999 <= m * 10. ** k <= hi * 1.001]
-        return few[::-(-len(few) // (n + 1))] if len(few) >= 2 else [lo, hi]
+        if len(few) >= 2: return few[::-(-len(few) // (n + 1))]
     raw = (hi - lo) / n
     unit = 10. ** math.floor(math.log10(raw))
     step = unit * next(s for s in (1, 2, 5, 10) if s * unit >= raw * .999)
@@ -60,7 +60,7 @@ def panel(
     if not values: return ""
     lo, hi = (min(values) / 1.1, max(values) * 1.1) if log else (min(0., *values), max(values) * 1.08 or 1.)
     if hi <= lo: hi = lo + 1
-    l, t, r, b = 40, 24, width - 12, height - 18
+    l, t, r, b = 40, 24, width - 20, height - 18
     def at(x, y):
         share = math.log(y / lo) / math.log(hi / lo) if log else (y - lo) / (hi - lo)
         return f"{l + x / max(end, 1) * (r - l):.1f},{b - share * (b - t):.1f}"
@@ -89,7 +89,7 @@ def live_html(
     last, x = log[-1], [r["tokens"] for r in log]
     end, done = tokens or last["tokens"], last["tokens"] / (tokens or last["tokens"])
     def of(key): return x, [r.get(key) for r in log]
-    drawn = [panel("L0, active latents", {"L0": of("l0")}, end, wanted=l0), panel("FVU, unexplained variance", {"FVU": of("fvu")}, end, log=True), panel("silent latents", {"dead": of("dead")}, end),
+    drawn = [panel("L0, active latents", {"L0": of("l0")}, end, wanted=l0), panel("FVU, unexplained variance", {"FVU": of("fvu")}, end, log=True), panel("share of silent latents", {"dead": of("dead")}, end),
              panel("thresholds θ", {q: of(k) for q, k in (("90 %", "theta_90"), ("50 %", "theta_50"), ("10 %", "theta_10"))}, end), panel("θ moved, median |ln θ/θ₀|", {"moved": of("theta_moved")}, end),
              panel("window hits per latent and batch", {"hits": of("in_window")}, end)]
     seconds = last.get("seconds")
