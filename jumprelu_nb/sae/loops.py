@@ -260,7 +260,7 @@ def _topk(lo, hi, z, k, at, value, counts):
                     at[r, m] = where[i]; value[r, m] = some[i]; m += 1
         counts[r] = m
 
-
+# %% ../../nbs/sae/02a_loops.ipynb #de10305b
 def topk(
     z:Tensor, # (batch, d_sae) float32
     k:int, # how many of each row
