@@ -281,7 +281,7 @@ class GroupMaxGate(Gate):
 
     def __init__(self,
         d_sae:int, # number of latents
-        k:int=32, # number of groups; divides d_sae
+        k:int=1, # number of groups; divides d_sae
     ):
         super().__init__(d_sae)
         if k < 1 or d_sae % k: raise ValueError(f"{d_sae} latents cannot be cut into {k} groups of one size.")
