@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 import torch
-from torch import Tensor
 from .svg import short
 from .tokens import compact, level, safe, shade, token_html
 from ..data.lm import LanguageModel, Site
+from ..interpret.relations import final_gain
 from ..interpret.latents import token_strings
 from ..interpret.steering import inference_form
 from ..sae.model import SAE
@@ -48,13 +48,6 @@ class Reading:
         return [(i, a, e) for i, (_, a, e) in sorted(best.items(), key=lambda b: (-b[1][0], b[0]))[:n]]
 
 # %% ../../nbs/browse/00e_prompt.ipynb #52516b29
-def _gain(lm:LanguageModel) -> tuple[Tensor, bool]:
-    "The final norm's gain, and whether the norm subtracts the mean."
-    try: from jumprelu_nb.interpret.relations import final_gain
-    except ImportError: from jumprelu_nb.interpret.latents import final_gain
-    return final_gain(lm)
-
-# %% ../../nbs/browse/00e_prompt.ipynb #7ee45608
 @torch.no_grad()
 def read_prompt(
     sae:SAE, # the SAE
@@ -79,7 +72,7 @@ def read_prompt(
     y, at = z.argmax(-1), f.nonzero()
     acts, direct = ([{} for _ in range(len(f))] for _ in range(2))
     if effects and site.kind in ("resid_pre", "resid_post", "mlp_out") and sae.d_in == lm.d_model:
-        (gain, centred), U = _gain(lm), lm.model.get_output_embeddings().weight.float()
+        (gain, centred), U = final_gain(lm), lm.model.get_output_embeddings().weight.float()
         x = seen[last.name][0].float()
         sigma = (x - x.mean(-1, keepdim=True) if centred else x).pow(2).mean(-1).sqrt()                            # (T,)
         to = gain * (U[y.to(U.device)] - U.mean(0))                                                                # (T, d_model)
